@@ -1,0 +1,1 @@
+"""One shim a toolchain. Nothing here is imported before it is used."""

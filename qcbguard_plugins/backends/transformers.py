@@ -1,0 +1,119 @@
+"""What the package needs from transformers: a model's skeleton, its weights, its tokenizer, its names."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qcbguard_plugins.errors import CheckpointError, MissingDependencyError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from transformers import PreTrainedModel
+
+
+def require_transformers() -> Any:
+    """The transformers module.
+
+    Raises:
+        MissingDependencyError: It is missing, or older than 5.0.
+    """
+    try:
+        import transformers
+        import transformers.core_model_loading  # noqa: F401  (first in 5.0)
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"transformers 5 or newer is needed: {error}", remedy="pip install 'qcbguard-plugins[bnb]'"
+        ) from error
+    return transformers
+
+
+def model_class(config: Any) -> Any:
+    """The class that the configuration names, if it is one of transformers' own; else the causal language model."""
+    transformers = require_transformers()
+    for name in getattr(config, "architectures", None) or []:
+        cls = getattr(transformers, name, None)
+        if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
+            return cls
+    try:
+        return transformers.AutoModelForCausalLM._model_mapping[type(config)]
+    except KeyError as error:
+        raise CheckpointError(f"transformers has no causal language model for {config.model_type!r}") from error
+
+
+def load_config(model_dir: Path) -> Any:
+    """Read ``config.json``; code that comes with a model is never run.
+
+    Raises:
+        CheckpointError: transformers does not know the model, or it needs remote code.
+    """
+    transformers = require_transformers()
+    try:
+        return transformers.AutoConfig.from_pretrained(model_dir, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # a config is input: whatever it breaks in transformers is an error about the folder
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{model_dir.name}/config.json is not a model that transformers can build: {first_line}") from error
+
+
+def build_skeleton(config: Any) -> PreTrainedModel:
+    """The model without its weights: every parameter on the meta device."""
+    config = copy.deepcopy(config)
+    with torch.device("meta"):
+        skeleton: PreTrainedModel = model_class(config)(config)
+    return skeleton
+
+
+def load_full_precision(model_dir: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The model with its weights."""
+    model: PreTrainedModel = model_class(load_config(model_dir)).from_pretrained(
+        model_dir, dtype=dtype, use_safetensors=True, local_files_only=True
+    )
+    return model.eval()
+
+
+def load_tokenizer(model_dir: Path | str, *, local: bool = True) -> Any:
+    """The model's tokenizer, or ``None`` where it has none that can be loaded without running code of its own."""
+    transformers = require_transformers()
+    try:
+        with _quiet():
+            return transformers.AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False, local_files_only=local)
+    except Exception:  # absent, malformed, or in need of a library or code: in each case there is none to use
+        return None
+
+
+def parameter_keys(skeleton: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
+    """Map parameter names of a model to the names of their tensors in a checkpoint, as transformers would load them.
+
+    Only tensors that become one parameter unchanged are mapped, and not those that transformers merges or splits.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, rename_source_key
+
+    transforms = get_model_conversion_mapping(skeleton)
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    renamings = [t for t in transforms if not isinstance(t, WeightConverter)]
+    parameters = skeleton.state_dict()
+    mapping = {}
+    for key in keys:
+        name, merged = rename_source_key(key, renamings, converters, skeleton.base_model_prefix, parameters)
+        if merged is None:
+            mapping[name] = key
+    return mapping
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,31 @@
+"""Defenses, one method a file. Importing this package registers them all."""
+
+from __future__ import annotations
+
+from qcbguard_plugins.defenses.base import (
+    Defense,
+    Evidence,
+    available_defenses,
+    get_defense,
+    register_defense,
+    rng_for,
+)
+from qcbguard_plugins.defenses.feedback import Feedback
+from qcbguard_plugins.defenses.flipguard import FlipGuard
+from qcbguard_plugins.defenses.noise import Noise
+from qcbguard_plugins.defenses.qvec import QVec
+from qcbguard_plugins.defenses.stochastic import Stochastic
+
+__all__ = [
+    "Defense",
+    "Evidence",
+    "Feedback",
+    "FlipGuard",
+    "Noise",
+    "QVec",
+    "Stochastic",
+    "available_defenses",
+    "get_defense",
+    "register_defense",
+    "rng_for",
+]

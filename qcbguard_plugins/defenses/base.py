@@ -1,0 +1,132 @@
+"""Which neighbour each weight shall become.
+
+A defense is a frozen dataclass whose fields are the method's parameters. It sees a :class:`~qcbguard_plugins.grids.Lattice`
+and returns codes; it never sees a file, a model or a quantizer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qcbguard_plugins.errors import UsageError
+from qcbguard_plugins.grids.base import Lattice
+
+
+@dataclass
+class Evidence:
+    """What a defense may use besides the lattice.
+
+    Attributes:
+        rng: Source of randomness, seeded per tensor name; its draws are consumed in the order of the weights.
+        hessian: float32 ``[in_features, in_features]``, the sum of ``x x^T`` over calibration inputs of the layer; present
+            only for a defense that needs calibration.
+    """
+
+    rng: np.random.Generator
+    hessian: Tensor | None = None
+
+    def uniform(self, like: Tensor) -> Tensor:
+        """float32 draws in [0, 1) in the shape and on the device of ``like``; the same on every device."""
+        return torch.from_numpy(self.rng.random(tuple(like.shape), dtype=np.float32)).to(like.device)
+
+    def normal(self, like: Tensor) -> Tensor:
+        """float32 standard normal draws in the shape and on the device of ``like``; the same on every device."""
+        return torch.from_numpy(self.rng.standard_normal(tuple(like.shape), dtype=np.float32)).to(like.device)
+
+
+@dataclass(frozen=True)
+class Defense(ABC):
+    """One method.
+
+    ``needs_calibration`` is true for a method that looks at a layer's inputs. Such a method is handed the lattice of a
+    whole weight; the others may be handed any run of blocks, in order.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    needs_calibration: ClassVar[bool] = False
+
+    @abstractmethod
+    def choose(self, lattice: Lattice, evidence: Evidence) -> Tensor:
+        """Choose a level for every weight.
+
+        Args:
+            lattice: Neighbours of the weights.
+            evidence: Randomness and, where needed, calibration.
+
+        Returns:
+            uint8 ``[num_blocks, block_size]``, codes on the lattice's grid. What is returned for frozen weights is
+            ignored.
+        """
+
+    def parameters(self) -> dict[str, Any]:
+        """The method's parameters as plain JSON values."""
+        return dataclasses.asdict(self)
+
+
+_REGISTRY: dict[str, type[Defense]] = {}
+_D = TypeVar("_D", bound=type[Defense])
+
+
+def register_defense(name: str, summary: str) -> Callable[[_D], _D]:
+    """Make a defense available by name; a name can be taken once."""
+
+    def register(cls: _D) -> _D:
+        if name in _REGISTRY:
+            raise ValueError(f"defense {name!r} is registered already, by {_REGISTRY[name].__name__}")
+        cls.name, cls.summary = name, summary
+        _REGISTRY[name] = cls
+        return cls
+
+    return register
+
+
+def available_defenses() -> dict[str, type[Defense]]:
+    """All registered defenses by name."""
+    return dict(_REGISTRY)
+
+
+def get_defense(name: str, **parameters: Any) -> Defense:
+    """Build a defense by name.
+
+    Raises:
+        UsageError: The name or a parameter is unknown, or a value is out of range.
+    """
+    if name not in _REGISTRY:
+        raise UsageError(f"unknown method {name!r}", remedy=f"Methods: {', '.join(sorted(_REGISTRY))}.")
+    cls = _REGISTRY[name]
+    known = {f.name for f in dataclasses.fields(cls)}
+    unknown = sorted(set(parameters) - known)
+    if unknown:
+        raise UsageError(
+            f"method {name!r} has no parameter {', '.join(unknown)}",
+            remedy=f"Its parameters: {', '.join(sorted(known)) or 'none'}.",
+        )
+    return cls(**parameters)
+
+
+def require_range(value: float, low: float, high: float, what: str) -> None:
+    """Refuse a parameter outside ``[low, high]``, NaN included."""
+    if not isinstance(value, (int, float)) or math.isnan(value) or not low <= value <= high:
+        raise UsageError(f"{what} must lie between {low:g} and {high:g}, got {value!r}")
+
+
+def rng_for(seed: int, tensor_name: str) -> np.random.Generator:
+    """The generator of one tensor: it depends on the run's seed and the tensor's name, and on nothing else."""
+    digest = hashlib.sha256(f"{seed}:{tensor_name}".encode()).digest()
+    return np.random.Generator(np.random.SFC64(int.from_bytes(digest, "little")))
+
+
+def round_up_where(lattice: Lattice, up: Tensor) -> Tensor:
+    """Codes of the upper neighbour where ``up`` is true, of the lower one elsewhere."""
+    return lattice.lower.add_(up)

@@ -1,0 +1,49 @@
+"""FlipGuard: flip the codes with the largest rounding error."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qcbguard_plugins.defenses.base import Defense, Evidence, register_defense, require_range, round_up_where
+from qcbguard_plugins.grids.base import Lattice
+
+# Midpoints of the ranges that the paper reports for its models.
+_PAPER_SHARES = {"int8": 0.15, "fp4": 0.08, "nf4": 0.115}
+
+
+@register_defense("flipguard", "flip the codes with the largest errors of each block, no data needed")
+@dataclass(frozen=True)
+class FlipGuard(Defense):
+    """Give the other of its two neighbours to the share of each block with the largest scaled rounding error.
+
+    The other neighbour is the other end of the cell that holds the weight. It is not always the second nearest level,
+    because cells of a codebook differ in width.
+
+    Attributes:
+        share: Share of each block to flip, in [0, 1]; ``None`` takes the middle of the paper's range for the format.
+
+    References:
+        FlipGuard, arXiv 2606.28962, Algorithm 1.
+    """
+
+    share: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.share is not None:
+            require_range(self.share, 0.0, 1.0, "flipguard: share")
+
+    def choose(self, lattice: Lattice, evidence: Evidence) -> Tensor:
+        share = _PAPER_SHARES[lattice.grid.name.split("-")[0]] if self.share is None else self.share
+        levels = lattice.grid.levels.to(lattice.blocks.device)
+        lower = lattice.lower.int()
+        width = (levels[1:] - levels[:-1])[lower]
+        position = lattice.position
+        upper_is_nearer = position > 0.5
+        error = torch.where(upper_is_nearer, 1 - position, position).mul_(width).masked_fill_(lattice.frozen, -1.0)
+        count = round(share * error.shape[1])
+        flip = torch.zeros_like(upper_is_nearer)
+        flip.scatter_(1, error.topk(count, dim=1).indices, True)
+        return round_up_where(lattice, upper_is_nearer ^ flip)

@@ -1,0 +1,41 @@
+"""Grids by the names that users spell: ``nf4``, ``fp4``, ``int8``, and ``nf4-b128`` for another block size."""
+
+from __future__ import annotations
+
+import re
+
+from qcbguard_plugins.errors import UsageError
+from qcbguard_plugins.grids.base import Grid, Lattice, cut_blocks
+from qcbguard_plugins.grids.codebook import BLOCK_SIZES, CodebookGrid
+from qcbguard_plugins.grids.int8 import Int8Grid
+
+__all__ = ["FORMATS", "CodebookGrid", "Grid", "Int8Grid", "Lattice", "cut_blocks", "get_grid"]
+
+FORMATS = {
+    "nf4": "bitsandbytes NF4, blocks of 64",
+    "fp4": "bitsandbytes FP4, blocks of 64",
+    "int8": "bitsandbytes LLM.int8, one scale a row",
+}
+
+_CODEBOOK_FORMAT = re.compile(r"(nf4|fp4)(?:-b(\d+))?")
+
+
+def get_grid(name: str) -> Grid:
+    """The grid of a format.
+
+    Args:
+        name: ``nf4``, ``fp4``, ``int8``, or ``nf4-b128`` and the like for another block size.
+
+    Raises:
+        UsageError: The format is unknown, or the block size is not one that the quantizer allows.
+    """
+    if name == "int8":
+        return Int8Grid()
+    match = _CODEBOOK_FORMAT.fullmatch(name)
+    if match is None:
+        raise UsageError(
+            f"unknown format {name!r}",
+            remedy=f"Formats: {', '.join(FORMATS)}; nf4 and fp4 take a block size, as in nf4-b128 "
+            f"({', '.join(map(str, BLOCK_SIZES))}).",
+        )
+    return CodebookGrid(match[1], int(match[2] or 64))

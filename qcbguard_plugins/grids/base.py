@@ -1,0 +1,136 @@
+"""What a stock quantizer will do to a weight.
+
+A grid cuts a weight into blocks that share a scale, and offers each block the same sorted list of *levels*: the quantizer
+stores ``levels[code] * scale``. Everything a defense needs follows from the *coordinate* of a weight, its place on the
+list of levels: ``7.25`` lies a quarter of the way from level 7 to level 8.
+
+Grids are maths: they import torch, touch no disk and hold no state.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Lattice:
+    """The two neighbours of every weight on a grid, for a run of blocks.
+
+    Attributes:
+        grid: The grid that made it.
+        blocks: float32 ``[num_blocks, block_size]``, the weights as the quantizer reads them.
+        scale: float32 ``[num_blocks, 1]``, the value of one unit of ``grid.levels``.
+        coordinate: float32 ``[num_blocks, block_size]`` in ``[0, num_levels - 1]``.
+        frozen: Bool ``[num_blocks, block_size]``, weights that must keep their value: the scale holders, and all of a
+            block too small for its dtype to tell the levels apart.
+        shape: ``(out_features, in_features)`` of the weight that the blocks were cut from.
+    """
+
+    grid: Grid
+    blocks: Tensor
+    scale: Tensor
+    coordinate: Tensor
+    frozen: Tensor
+    shape: tuple[int, int]
+
+    @property
+    def lower(self) -> Tensor:
+        """uint8 ``[num_blocks, block_size]``, the code of the neighbour below (the last but one at the top level)."""
+        return self.coordinate.floor().clamp_(max=self.grid.num_levels - 2).to(torch.uint8)
+
+    @property
+    def position(self) -> Tensor:
+        """float32 ``[num_blocks, block_size]`` in [0, 1]: 0 at the lower neighbour, 1 at the upper one."""
+        return self.coordinate - self.lower
+
+    @property
+    def nearest(self) -> Tensor:
+        """uint8 ``[num_blocks, block_size]``, the code that plain rounding takes; a tie goes down, as in bitsandbytes.
+
+        Exact but for weights within one float32 rounding of a midpoint; :meth:`Grid.quantize` is exact everywhere.
+        """
+        return (self.coordinate - 0.5).ceil_().to(torch.uint8)
+
+    def dequantize(self, codes: Tensor) -> Tensor:
+        """The grid points of ``codes``: float32 ``[num_blocks, block_size]``."""
+        return self.grid.level_values(codes).mul_(self.scale)
+
+    def matrix(self, per_weight: Tensor) -> Tensor:
+        """Lay a per-weight (or, like ``scale``, a per-block) tensor out as ``[out_features, in_features]``."""
+        rows, columns = self.shape
+        return per_weight.expand_as(self.blocks).reshape(-1)[: rows * columns].view(rows, columns)
+
+    def from_matrix(self, matrix: Tensor) -> Tensor:
+        """The inverse of :meth:`matrix` for a per-weight tensor."""
+        return cut_blocks(matrix, self.blocks.shape[1])
+
+
+class Grid(ABC):
+    """One format of one stock quantizer.
+
+    Attributes:
+        name: The format as users spell it.
+        levels: float32 ``[num_levels]``, sorted, at most 256.
+    """
+
+    name: str
+    levels: Tensor
+
+    @property
+    def num_levels(self) -> int:
+        return self.levels.numel()
+
+    @abstractmethod
+    def block_size_of(self, shape: tuple[int, int]) -> int:
+        """Number of weights that share a scale in a weight of this shape."""
+
+    @abstractmethod
+    def read(self, weight: Tensor) -> Tensor:
+        """The weight as the quantizer reads it, as float32 in the same shape."""
+
+    @abstractmethod
+    def lattice(self, blocks: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Lattice:
+        """Find the neighbours of every weight.
+
+        Args:
+            blocks: float32 ``[num_blocks, block_size]``, from :meth:`read` and :func:`cut_blocks`.
+            shape: Shape of the whole weight.
+            dtype: Dtype in which the guarded weight will be stored.
+        """
+
+    @abstractmethod
+    def coordinate(self, scaled: Tensor) -> Tensor:
+        """Map values in units of the scale to the list of levels; values outside it map to its ends."""
+
+    @abstractmethod
+    def quantize(self, weight: Tensor) -> Tensor:
+        """The codes that the stock quantizer stores: uint8, indices into ``levels``, in the weight's shape.
+
+        Bit-faithful to the quantizer, ties included.
+        """
+
+    def level_values(self, codes: Tensor) -> Tensor:
+        """``levels[codes]`` as a new float32 tensor in the shape of ``codes``."""
+        levels = self.levels.to(codes.device)
+        return torch.index_select(levels, 0, codes.reshape(-1).int()).view(codes.shape)
+
+    def lattice_of(self, weight: Tensor) -> Lattice:
+        """The lattice of a whole ``[out_features, in_features]`` weight, to be stored in the weight's own dtype."""
+        shape = (weight.shape[0], weight.shape[1])
+        return self.lattice(cut_blocks(self.read(weight), self.block_size_of(shape)), shape, weight.dtype)
+
+
+def cut_blocks(weight: Tensor, block_size: int) -> Tensor:
+    """Cut the flattened weight into ``[num_blocks, block_size]``; a short last block is filled up with zeros.
+
+    A view where no filling is needed. Zeros never change a block's largest magnitude.
+    """
+    flat = weight.reshape(-1)
+    missing = -flat.numel() % block_size
+    if missing:
+        flat = torch.nn.functional.pad(flat, (0, missing))
+    return flat.view(-1, block_size)

@@ -1,0 +1,153 @@
+"""Guard a model that is in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qcbguard_plugins.calibration import calibration_tokens, self_generated_tokens
+from qcbguard_plugins.defenses import Defense
+from qcbguard_plugins.errors import CalibrationError
+from qcbguard_plugins.grids import Grid, get_grid
+from qcbguard_plugins.guard import Guard, as_guard
+from qcbguard_plugins.hessians import gather_hessians
+from qcbguard_plugins.report.model import TensorRecord
+from qcbguard_plugins.rounding import GuardedWeight, codes_digest, guard_weight
+
+Progress = Callable[[int], Any]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """How the weight of a linear layer is stored and read.
+
+    Attributes:
+        transposed: True for ``[in_features, out_features]``, as in GPT-2's Conv1D.
+        read_dtype: Dtype in which the quantizer will read it; ``None`` for the dtype that it has.
+    """
+
+    transposed: bool = False
+    read_dtype: torch.dtype | None = None
+
+
+def guard_model(
+    model: Any,
+    format: str = "nf4",
+    guard: Guard | Defense | str = "feedback",
+    *,
+    tokenizer: Any = None,
+    progress: Progress | None = None,
+) -> list[TensorRecord]:
+    """Guard a full-precision model of transformers in place.
+
+    Its linear layers, those that the stock quantizer would take, get weights that it rounds as planned. Save the model
+    and quantize it with the stock tool.
+
+    Args:
+        model: A ``PreTrainedModel`` with float32, float16 or bfloat16 weights, on any one device.
+        format: ``nf4``, ``fp4`` or ``int8``.
+        guard: A method's name, a defense, or a :class:`~qcbguard_plugins.guard.Guard`.
+        tokenizer: The model's tokenizer, for calibration from text.
+        progress: Called with the number of weights of each layer when it is done.
+
+    Returns:
+        A record for each guarded tensor. Embeddings, norms, biases and the output head are unchanged.
+
+    Raises:
+        UnguardableError: A weight cannot be guarded; layers before it have been changed.
+        CalibrationError: The method needs calibration and there is no way to get it.
+    """
+    from qcbguard_plugins.backends.bitsandbytes.stock import config_for, quantized_layers
+    from qcbguard_plugins.backends.transformers import build_skeleton
+
+    guard = as_guard(guard).with_seed()
+    stored = quantized_layers(build_skeleton(model.config), config_for(format))
+    layers = {name: Layer(transposed) for name, transposed in stored.items()}
+    tokens = None
+    if guard.method.needs_calibration:
+        tokens = calibration_tokens(guard.calibration, model.config, tokenizer)
+    return [
+        record_of(guarded, name=f"{name}.weight", transposed=layers[name].transposed)
+        for name, guarded in guard_layers(model, layers, get_grid(format), guard, tokens, progress)
+    ]
+
+
+def record_of(
+    guarded: GuardedWeight, *, name: str, transposed: bool, key: str | None = None, dtype: torch.dtype | None = None
+) -> TensorRecord:
+    """What the report keeps of a guarded weight; ``key`` and ``dtype`` are those of the checkpoint where they differ."""
+    return TensorRecord(
+        name=name,
+        key=key or name,
+        shape=(guarded.weight.shape[0], guarded.weight.shape[1]),
+        transposed=transposed,
+        dtype=_dtype_name(dtype or guarded.weight.dtype),
+        read_dtype=_dtype_name(guarded.weight.dtype),
+        num_weights=guarded.weight.numel(),
+        num_moved=guarded.num_moved,
+        num_frozen=guarded.num_frozen,
+        relative_change=guarded.relative_change,
+        codes_sha256=codes_digest(guarded.codes),
+    )
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@torch.no_grad()
+def guard_layers(
+    model: Any,
+    layers: Mapping[str, Layer],
+    grid: Grid,
+    guard: Guard,
+    tokens: Tensor | None,
+    progress: Progress | None = None,
+) -> Iterator[tuple[str, GuardedWeight]]:
+    """Guard the named layers of a model in place, one after the other.
+
+    Args:
+        model: The model, in full precision.
+        layers: Their names, and how each weight is stored and read.
+        grid: Grid of the stock quantizer.
+        guard: The method, its seed drawn.
+        tokens: int64 ``[num_sequences, sequence_length]`` for a method that needs calibration; ``None`` lets the model
+            write them.
+        progress: Called with the number of weights of each layer when it is done.
+
+    Yields:
+        The name of each layer and its guarded weight, ``[out_features, in_features]`` in the dtype that will be read.
+    """
+    assert guard.seed is not None, "the seed is drawn once a run"
+    if guard.method.needs_calibration:
+        if tokens is None:
+            tokens = self_generated_tokens(guard.calibration, model, seed=guard.seed)
+        groups: Iterator[dict[str, Tensor]] = gather_hessians(model, tokens.to(model.device), list(layers))
+    else:
+        groups = iter([{}] if not layers else [dict.fromkeys(layers)])  # type: ignore[list-item]
+    for hessians in groups:
+        for name, hessian in hessians.items():
+            module = model.get_submodule(name)
+            guarded = _guard_layer(module, name, layers[name], grid, guard, hessian)
+            yield name, guarded
+            if progress is not None:
+                progress(module.weight.numel())
+
+
+def _guard_layer(
+    module: nn.Module, name: str, layer: Layer, grid: Grid, guard: Guard, hessian: Tensor | None
+) -> GuardedWeight:
+    assert guard.seed is not None and isinstance(module.weight, Tensor)
+    stored = module.weight.data
+    weight = (stored.T if layer.transposed else stored).to(layer.read_dtype or stored.dtype)
+    tensor_name = f"{name}.weight"
+    try:
+        guarded = guard_weight(weight, grid, guard.method, seed=guard.seed, name=tensor_name, hessian=hessian)
+    except CalibrationError as error:
+        raise CalibrationError(f"{tensor_name}: {error.summary}", details=error.details, remedy=error.remedy) from error
+    stored.copy_(guarded.weight.T if layer.transposed else guarded.weight)
+    return guarded

@@ -1,0 +1,225 @@
+"""Guard a checkpoint folder: plan, guard, verify, publish."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qcbguard_plugins.calibration import calibration_tokens
+from qcbguard_plugins.checkpoint import Checkpoint, TensorEntry, hash_file, open_checkpoint, publish_folder, rewrite_shard
+from qcbguard_plugins.defenses import Defense
+from qcbguard_plugins.errors import UsageError, VerificationError
+from qcbguard_plugins.guard import Guard, as_guard
+from qcbguard_plugins.model import Layer, Progress, guard_layers, record_of
+from qcbguard_plugins.plan import Plan, Target, make_plan
+from qcbguard_plugins.report.model import (
+    MANIFEST_FILE,
+    FileRecord,
+    GuardReport,
+    TensorRecord,
+    TensorVerdict,
+    VerifyReport,
+    installed_versions,
+    now,
+    read_manifest,
+)
+from qcbguard_plugins.rounding import GuardedWeight, codes_digest, guard_weight
+
+
+def guard_checkpoint(
+    src: Path | str,
+    dst: Path | str,
+    formats: Sequence[str] = ("nf4",),
+    method: Guard | Defense | str = "feedback",
+    *,
+    ignore: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> GuardReport:
+    """Guard a checkpoint folder into a new folder that takes its place.
+
+    The new folder has the same files, tensors, dtypes, shapes and configuration; only the weights that the stock
+    quantizer will read differ, and a manifest says how. It appears whole or not at all.
+
+    Args:
+        src: Folder with ``config.json`` and safetensors files of float32, float16 or bfloat16 weights.
+        dst: Folder to make; it must not exist.
+        formats: The format to guard for, one: ``nf4``, ``fp4``, ``int8``, or 4-bit with a block size as in ``nf4-b128``.
+        method: A method's name, a defense, or a :class:`~qcbguard_plugins.guard.Guard` with seed and calibration.
+        ignore: Patterns of target tensors to leave unguarded; the report lists them.
+        progress: Called with the number of weights of each tensor when it is done.
+
+    Returns:
+        The report, which is also written to ``dst/qcbguard.json``.
+
+    Raises:
+        UsageError, CheckpointError, TargetExistsError, CalibrationError, UnguardableError: As their names say; ``dst`` is
+            not made.
+        VerificationError: The stock quantizer would store other codes than planned; ``dst`` is not made.
+    """
+    if len(formats) != 1:
+        raise UsageError(f"one format a folder, got {len(formats)}", remedy="Guard once for each format.")
+    start = time.monotonic()
+    guard = as_guard(method).with_seed()
+    plan = make_plan(src, formats[0], ignore=ignore)
+    with publish_folder(Path(dst), plan.checkpoint.path) as folder:
+        left_out = _copy_other_files(plan.checkpoint, folder)
+        records, files = _write_guarded_shards(plan, guard, folder, progress)
+        report = GuardReport(
+            created=now(),
+            versions=installed_versions(),
+            source=plan.checkpoint.path.resolve().name,
+            format=plan.format,
+            **guard.describe(),
+            tensors=tuple(records),
+            unguarded=plan.ignored,
+            files=tuple(files),
+            left_out=tuple(left_out),
+            elapsed_s=time.monotonic() - start,
+        )
+        (folder / MANIFEST_FILE).write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        verdicts = _verify_tensors(open_checkpoint(folder), report)
+        _raise_if_not_as_planned(verdicts)
+    return report
+
+
+def verify_checkpoint(folder: Path | str, *, progress: Progress | None = None) -> VerifyReport:
+    """Quantize a guarded folder with the stock quantizer and compare its codes with the plan.
+
+    Args:
+        folder: A folder that :func:`guard_checkpoint` made.
+        progress: Called with the number of weights of each tensor when it is compared.
+
+    Returns:
+        A verdict for each tensor, and the weight files that changed since.
+
+    Raises:
+        CheckpointError: The folder or its manifest cannot be read.
+    """
+    folder = Path(folder)
+    report = read_manifest(folder)
+    checkpoint = open_checkpoint(folder)
+    recorded = {file.name: file.sha256_out for file in report.files}
+    changed = [name for name in checkpoint.shards if recorded.get(name) != hash_file(folder / name)]
+    changed += sorted(set(recorded) - set(checkpoint.shards))
+    return VerifyReport(
+        created=now(),
+        versions=installed_versions(),
+        folder=folder.resolve().name,
+        format=report.format,
+        tensors=tuple(_verify_tensors(checkpoint, report, progress)),
+        changed_files=tuple(changed),
+        unguarded=report.unguarded,
+    )
+
+
+def _copy_other_files(checkpoint: Checkpoint, folder: Path) -> list[str]:
+    """Copy what is no weight; return the names of weights in other forms, which would carry the attack along."""
+    carried, weights = checkpoint.other_files()
+    for relative in carried:
+        if relative == Path(MANIFEST_FILE):
+            continue
+        target = folder / relative
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(checkpoint.path / relative, target)
+    return [str(relative) for relative in weights]
+
+
+def _write_guarded_shards(
+    plan: Plan, guard: Guard, folder: Path, progress: Progress | None
+) -> tuple[list[TensorRecord], list[FileRecord]]:
+    """Write the shards; guard tensor by tensor, or take them from a calibrated model."""
+    by_key = {target.key: target for target in plan.targets}
+    records: dict[str, TensorRecord] = {}
+    calibrated = _calibrated_model(plan, guard, records, progress) if guard.method.needs_calibration else None
+
+    def new_weight(entry: TensorEntry, stored: Tensor) -> Tensor:
+        target = by_key[entry.key]
+        if calibrated is not None:
+            weight: Tensor = calibrated.get_parameter(target.name).data
+            return weight.to(target.dtype)
+        weight, records[target.name] = _guard_tensor(target, stored, plan, guard)
+        if progress is not None:
+            progress(target.num_weights)
+        return weight
+
+    files = []
+    for shard in plan.checkpoint.shards:
+        entries = [entry for entry in plan.checkpoint.tensors.values() if entry.shard == shard and entry.key in by_key]
+        sha256_in, sha256_out = rewrite_shard(plan.checkpoint.path / shard, folder / shard, entries, new_weight)
+        files.append(FileRecord(name=shard, sha256_in=sha256_in, sha256_out=sha256_out))
+    return [records[target.name] for target in plan.targets], files
+
+
+def _guard_tensor(target: Target, stored: Tensor, plan: Plan, guard: Guard) -> tuple[Tensor, TensorRecord]:
+    assert guard.seed is not None
+    weight = (stored.T if target.transposed else stored).to(target.read_dtype)
+    guarded = guard_weight(weight, plan.grid, guard.method, seed=guard.seed, name=target.name)
+    new = guarded.weight.T if target.transposed else guarded.weight
+    return new.to(target.dtype), _record(guarded, target)
+
+
+def _calibrated_model(plan: Plan, guard: Guard, records: dict[str, TensorRecord], progress: Progress | None) -> Any:
+    """Load the model in full precision and guard it in place, filling ``records``."""
+    from qcbguard_plugins.backends.transformers import load_full_precision, load_tokenizer
+
+    tokenizer = load_tokenizer(plan.checkpoint.path)
+    guard.calibration.resolve(has_tokenizer=tokenizer is not None)
+    dtypes = {target.dtype for target in plan.targets}
+    model = load_full_precision(plan.checkpoint.path, functools.reduce(torch.promote_types, dtypes))
+    layers = {target.layer: Layer(target.transposed, target.read_dtype) for target in plan.targets}
+    tokens = calibration_tokens(guard.calibration, model.config, tokenizer)
+    targets = {target.layer: target for target in plan.targets}
+    for layer, guarded in guard_layers(model, layers, plan.grid, guard, tokens, progress):
+        records[targets[layer].name] = _record(guarded, targets[layer])
+    return model
+
+
+def _record(guarded: GuardedWeight, target: Target) -> TensorRecord:
+    return record_of(guarded, name=target.name, key=target.key, transposed=target.transposed, dtype=target.dtype)
+
+
+def _verify_tensors(
+    checkpoint: Checkpoint, report: GuardReport, progress: Progress | None = None
+) -> list[TensorVerdict]:
+    verdicts = []
+    for record in report.tensors:
+        reason = _why_not_as_planned(checkpoint, record, report.format)
+        verdicts.append(TensorVerdict(name=record.name, as_planned=not reason, reason=reason))
+        if progress is not None:
+            progress(record.num_weights)
+    return verdicts
+
+
+def _why_not_as_planned(checkpoint: Checkpoint, record: TensorRecord, format: str) -> str:
+    """Empty where the stock quantizer stores the planned codes, from the stored dtype and from the one that is read."""
+    from qcbguard_plugins.backends.bitsandbytes.stock import stock_codes
+
+    entry = checkpoint.tensors.get(record.key)
+    stored_shape = record.shape[::-1] if record.transposed else record.shape
+    if entry is None:
+        return "missing"
+    if entry.shape != stored_shape or str(entry.dtype).removeprefix("torch.") != record.dtype:
+        return f"stored as {entry.dtype} {entry.shape}"
+    weight = checkpoint.read(record.key)
+    weight = weight.T if record.transposed else weight
+    for dtype in sorted({record.dtype, record.read_dtype}):
+        if codes_digest(stock_codes(weight.to(getattr(torch, dtype)), format)) != record.codes_sha256:
+            return f"the stock quantizer stores other codes from {dtype}"
+    return ""
+
+
+def _raise_if_not_as_planned(verdicts: Sequence[TensorVerdict]) -> None:
+    failed = [f"{verdict.name}  {verdict.reason}" for verdict in verdicts if not verdict.as_planned]
+    if failed:
+        raise VerificationError(
+            f"the stock quantizer would not store {len(failed)} of {len(verdicts)} tensors as planned",
+            details=failed,
+            remedy="Nothing was written. Run 'qcbguard doctor' and report its output with the names above.",
+        )

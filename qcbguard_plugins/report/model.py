@@ -1,0 +1,160 @@
+"""The report of a run, which is also the manifest that a guarded folder carries."""
+
+from __future__ import annotations
+
+import platform
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from qcbguard_plugins.errors import CheckpointError
+
+SCHEMA_VERSION = 1
+MANIFEST_FILE = "qcbguard.json"
+DISTRIBUTION = "qcbguard-plugins"
+
+_REPORTED_PACKAGES = (DISTRIBUTION, "torch", "numpy", "safetensors", "transformers", "bitsandbytes")
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TensorRecord(_Record):
+    """One guarded tensor.
+
+    Attributes:
+        name: Its parameter name in the model.
+        key: Its name in the checkpoint; the same as ``name`` unless the model class adds or drops a prefix.
+        shape: ``[out_features, in_features]`` as the quantizer reads it.
+        transposed: True where the checkpoint stores ``[in_features, out_features]``.
+        dtype: Dtype of the stored weight.
+        read_dtype: Dtype in which transformers loads it by default, and on whose grid it was planned.
+        num_weights: Number of weights.
+        num_moved: Number whose code differs from plain rounding.
+        num_frozen: Number that kept their value, scale holders for the most part.
+        relative_change: ``|W' - W| / |W|``.
+        codes_sha256: Hash of the planned codes.
+    """
+
+    name: str
+    key: str
+    shape: tuple[int, int]
+    transposed: bool
+    dtype: str
+    read_dtype: str
+    num_weights: int = Field(ge=0)
+    num_moved: int = Field(ge=0)
+    num_frozen: int = Field(ge=0)
+    relative_change: float = Field(ge=0)
+    codes_sha256: str
+
+
+class FileRecord(_Record):
+    """One weight file: its SHA-256 before and after."""
+
+    name: str
+    sha256_in: str
+    sha256_out: str
+
+
+class GuardReport(_Record):
+    """What a guard did, tensor by tensor."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    kind: Literal["guard"] = "guard"
+    created: str
+    versions: dict[str, str]
+    source: str
+    format: str
+    method: str
+    parameters: dict[str, Any]
+    seed: int
+    calibration: dict[str, Any] | None
+    tensors: tuple[TensorRecord, ...]
+    unguarded: tuple[str, ...] = ()
+    files: tuple[FileRecord, ...] = ()
+    left_out: tuple[str, ...] = ()
+    elapsed_s: float = Field(ge=0)
+
+    @property
+    def num_targets(self) -> int:
+        return len(self.tensors) + len(self.unguarded)
+
+    @property
+    def coverage(self) -> str:
+        return f"{len(self.tensors)} of {self.num_targets} target tensors guarded"
+
+    @property
+    def share_moved(self) -> float:
+        """Share of the guarded weights whose code differs from plain rounding."""
+        total = sum(tensor.num_weights for tensor in self.tensors)
+        return sum(tensor.num_moved for tensor in self.tensors) / total if total else 0.0
+
+
+class TensorVerdict(_Record):
+    """Whether the stock quantizer stores one tensor as planned."""
+
+    name: str
+    as_planned: bool
+    reason: str = ""
+
+
+class VerifyReport(_Record):
+    """What a verification found, tensor by tensor and file by file."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    kind: Literal["verify"] = "verify"
+    created: str
+    versions: dict[str, str]
+    folder: str
+    format: str
+    tensors: tuple[TensorVerdict, ...]
+    changed_files: tuple[str, ...]
+    unguarded: tuple[str, ...]
+
+    @property
+    def num_as_planned(self) -> int:
+        return sum(tensor.as_planned for tensor in self.tensors)
+
+    @property
+    def clean(self) -> bool:
+        return self.num_as_planned == len(self.tensors) and not self.changed_files
+
+
+def now() -> str:
+    """The time, as the reports write it."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that a result depends on."""
+    versions = {"python": platform.python_version()}
+    for package in _REPORTED_PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def read_manifest(folder: Path) -> GuardReport:
+    """Read the manifest of a guarded folder.
+
+    Raises:
+        CheckpointError: There is none, or it does not follow the schema.
+    """
+    path = folder / MANIFEST_FILE
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder} holds no {MANIFEST_FILE}, so there is no plan to compare with",
+            remedy="Give a folder that 'qcbguard guard' made.",
+        )
+    try:
+        return GuardReport.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        details = [f"{'.'.join(map(str, e['loc']))}  {e['msg']}" for e in error.errors()] if isinstance(error, ValidationError) else []
+        raise CheckpointError(f"{MANIFEST_FILE} of {folder.name} is not a valid manifest", details=details) from error
