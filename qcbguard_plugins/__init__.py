@@ -1,0 +1,58 @@
+"""Takes quantization-conditioned backdoors out of a model before the stock quantizer sees its weights.
+
+Importing the package starts nothing heavy: each name below is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qcbguard_plugins.backends.bitsandbytes.config import GuardedBitsAndBytesConfig
+    from qcbguard_plugins.backends.bitsandbytes.registration import activate
+    from qcbguard_plugins.calibration import Calibration
+    from qcbguard_plugins.defenses import Feedback, FlipGuard, Noise, QVec, Stochastic
+    from qcbguard_plugins.guard import Guard
+    from qcbguard_plugins.model import guard_model
+    from qcbguard_plugins.pipeline import guard_checkpoint, verify_checkpoint
+
+__all__ = [
+    "Calibration",
+    "Feedback",
+    "FlipGuard",
+    "Guard",
+    "GuardedBitsAndBytesConfig",
+    "Noise",
+    "QVec",
+    "Stochastic",
+    "activate",
+    "guard_checkpoint",
+    "guard_model",
+    "verify_checkpoint",
+]
+
+_MODULE_OF = {
+    "Calibration": "calibration",
+    "Feedback": "defenses",
+    "FlipGuard": "defenses",
+    "Guard": "guard",
+    "GuardedBitsAndBytesConfig": "backends.bitsandbytes.registration",
+    "Noise": "defenses",
+    "QVec": "defenses",
+    "Stochastic": "defenses",
+    "activate": "backends.bitsandbytes.registration",
+    "guard_checkpoint": "pipeline",
+    "guard_model": "model",
+    "verify_checkpoint": "pipeline",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    module = _MODULE_OF[name]
+    if module.startswith("backends.bitsandbytes"):
+        import_module(f"{__name__}.backends.bitsandbytes.stock").require_bitsandbytes()
+    return getattr(import_module(f"{__name__}.{module}"), name)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -95,6 +97,12 @@ class GuardReport(_Record):
         return sum(tensor.num_moved for tensor in self.tensors) / total if total else 0.0
 
 
+    @property
+    def codes_sha256(self) -> str:
+        """A hash over the planned codes of all tensors, in the order of their names."""
+        return combined_digest({tensor.name: tensor.codes_sha256 for tensor in self.tensors})
+
+
 class TensorVerdict(_Record):
     """Whether the stock quantizer stores one tensor as planned."""
 
@@ -123,6 +131,12 @@ class VerifyReport(_Record):
     @property
     def clean(self) -> bool:
         return self.num_as_planned == len(self.tensors) and not self.changed_files
+
+
+def combined_digest(digests: Mapping[str, str]) -> str:
+    """One SHA-256 over the digests of named tensors, whatever their order."""
+    lines = "".join(f"{name} {digest}\n" for name, digest in sorted(digests.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def now() -> str:

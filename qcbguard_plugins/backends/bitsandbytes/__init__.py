@@ -1,0 +1,1 @@
+"""bitsandbytes, and guarded loading of it through transformers."""

@@ -1,0 +1,162 @@
+"""Calibrated weights, kept between loads under a name made of everything that they depend on."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from platformdirs import user_cache_path
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from qcbguard_plugins.backends.transformers import load_tokenizer
+from qcbguard_plugins.calibration import calibration_tokens
+from qcbguard_plugins.checkpoint import hash_file, publish_folder
+from qcbguard_plugins.errors import CheckpointError, TargetExistsError, UnguardableError
+from qcbguard_plugins.grids import Grid
+from qcbguard_plugins.guard import Guard
+from qcbguard_plugins.model import Layer, guard_layers, record_of
+from qcbguard_plugins.report.model import TensorRecord, installed_versions
+
+_WEIGHTS_FILE = "guarded.safetensors"
+_RECORD_FILE = "guarded.json"
+_DIGESTS_FILE = "file-digests.json"
+
+
+@dataclass(frozen=True)
+class CalibratedWeights:
+    """Guarded weights on disk, read one at a time.
+
+    Attributes:
+        folder: Folder of the cache entry.
+        guard: The guard that made them, its seed known.
+        records: The plan for each tensor, by parameter name.
+    """
+
+    folder: Path
+    guard: Guard
+    records: dict[str, TensorRecord]
+
+    def get(self, name: str) -> tuple[Tensor, TensorRecord]:
+        """A guarded weight as the checkpoint would store it, and the plan for it."""
+        if name not in self.records:
+            raise UnguardableError(f"{name} was not among the layers that were calibrated")
+        try:
+            with safe_open(self.folder / _WEIGHTS_FILE, framework="pt") as file:
+                return file.get_tensor(name), self.records[name]
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{name}: the cache {self.folder} cannot be read: {error}", remedy="Delete that folder and load again."
+            ) from error
+
+
+def calibrated_weights(
+    skeleton: Any, files: Sequence[Path], dtype: torch.dtype | None, layers: Mapping[str, Layer], grid: Grid, guard: Guard
+) -> CalibratedWeights:
+    """Guard the layers of a model with a calibrated method, or find that done already.
+
+    Args:
+        skeleton: The model without weights that transformers is about to fill, for its class and configuration.
+        files: The safetensors files that it will be filled from.
+        dtype: Dtype in which it will be loaded.
+        layers: The layers that the stock quantizer takes.
+        grid: Grid of the stock quantizer.
+        guard: The guard as the user asked for it. Without a seed, an earlier result with a seed of its own serves.
+
+    Raises:
+        CheckpointError: The files are not safetensors, or the cache cannot be read.
+        CalibrationError: There is no way to calibrate.
+    """
+    unsafe = [file.name for file in files if file.suffix != ".safetensors"]
+    if unsafe:
+        raise CheckpointError("only safetensors files can be calibrated on", details=unsafe)
+    tokenizer = load_tokenizer(files[0].parent) or load_tokenizer(skeleton.config.name_or_path, local=False)
+    tokens = calibration_tokens(guard.calibration, skeleton.config, tokenizer)
+    cache_dir = guard.cache_dir or user_cache_path("qcbguard")
+    key = {
+        "files": {file.name: digest for file, digest in _digests(files, cache_dir).items()},
+        "tokens": None if tokens is None else hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
+        "guard": guard.describe(),
+        "format": grid.name,
+        "dtype": str(dtype),
+        "layers": {name: asdict(layer) for name, layer in sorted(layers.items())},
+        "class": type(skeleton).__name__,
+        "versions": installed_versions(),
+    }
+    folder = cache_dir / hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
+    if not folder.exists():
+        # Two processes may make the same entry at once: the first to finish is kept.
+        with contextlib.suppress(TargetExistsError), publish_folder(folder, files[0].parent) as temporary:
+            _fill(temporary, skeleton, files, dtype, layers, grid, guard.with_seed(), tokens)
+    return _open(folder, guard)
+
+
+def _fill(
+    folder: Path,
+    skeleton: Any,
+    files: Sequence[Path],
+    dtype: torch.dtype | None,
+    layers: Mapping[str, Layer],
+    grid: Grid,
+    guard: Guard,
+    tokens: Tensor | None,
+) -> None:
+    model = _load_full_precision(skeleton, files, dtype)
+    records = []
+    for name, guarded in guard_layers(model, layers, grid, guard, tokens):
+        records.append(record_of(guarded, name=f"{name}.weight", transposed=layers[name].transposed))
+    weights = {record.name: model.get_parameter(record.name).data.contiguous() for record in records}
+    save_file(weights, folder / _WEIGHTS_FILE)
+    content = {"seed": guard.seed, "tensors": [record.model_dump() for record in records]}
+    (folder / _RECORD_FILE).write_text(json.dumps(content), encoding="utf-8")
+
+
+def _load_full_precision(skeleton: Any, files: Sequence[Path], dtype: torch.dtype | None) -> Any:
+    """Load the model from the very files that transformers resolved, each tensor when it is needed."""
+    config = copy.deepcopy(skeleton.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with contextlib.ExitStack() as stack:
+        opened = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
+        state_dict = {key: file.get_slice(key) for file in opened for key in file.keys()}  # noqa: SIM118
+        model = type(skeleton).from_pretrained(None, config=config, state_dict=state_dict, dtype=dtype)
+    return model.eval()
+
+
+def _open(folder: Path, guard: Guard) -> CalibratedWeights:
+    try:
+        content = json.loads((folder / _RECORD_FILE).read_text(encoding="utf-8"))
+        records = [TensorRecord.model_validate(record) for record in content["tensors"]]
+        return CalibratedWeights(folder, replace(guard, seed=content["seed"]), {r.name: r for r in records})
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"the cache {folder} cannot be read: {error}", remedy="Delete that folder and load again."
+        ) from error
+
+
+def _digests(files: Sequence[Path], cache_dir: Path) -> dict[Path, str]:
+    """SHA-256 of each file; one whose path, size, time and inode are known is not read again."""
+    memo_path = cache_dir / _DIGESTS_FILE
+    memo: dict[str, str] = {}
+    with contextlib.suppress(OSError, ValueError):
+        memo = dict(json.loads(memo_path.read_text(encoding="utf-8")))
+    digests, fresh = {}, {}
+    for file in files:
+        stat = file.resolve().stat()
+        identity = f"{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ino}"
+        digests[file] = memo.get(identity) or hash_file(file)
+        fresh[identity] = digests[file]
+    if fresh.items() - memo.items():
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        temporary = memo_path.with_suffix(f".{hashlib.sha256(repr(fresh).encode()).hexdigest()[:8]}.tmp")
+        temporary.write_text(json.dumps({**memo, **fresh}), encoding="utf-8")
+        temporary.replace(memo_path)
+    return digests
