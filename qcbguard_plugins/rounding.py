@@ -33,7 +33,7 @@ class GuardedWeight:
     """A guarded weight and the plan for it.
 
     Attributes:
-        weight: ``[out_features, in_features]``, dtype and device of the input; grid points, and frozen weights as they were.
+        weight: ``[out_features, in_features]``, dtype and device of the input: grid points; frozen weights unchanged.
         codes: uint8 ``[out_features, in_features]``, the level that the stock quantizer shall store for each weight.
         num_moved: Number of weights whose code differs from plain rounding.
         num_frozen: Number of weights that keep their value.
