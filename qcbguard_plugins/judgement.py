@@ -70,10 +70,9 @@ def judge(source: WeightSource, measured: Measurements, *, seed: int, elapsed_s:
 def _judge_format(
     name: str, measured: FormatMeasurements, num_tests: int
 ) -> tuple[FormatEvidence, list[TensorEvidence], Family]:
-    edges = torch.tensor(measured.edge_ratios, dtype=torch.float64).reshape(len(measured.names), -1)
-    spectral = combine(edges)
+    spectral = combine(_table(measured.edge_ratios))
     distances = [residual.divergences(h) for h in measured.histograms]
-    histogram = combine(torch.tensor([[own, *others] for own, others in distances]).reshape(len(distances), -1))
+    histogram = combine(_table([[own, *others] for own, others in distances]))
     pooled = torch.stack(measured.histograms).mean(0) if measured.histograms else torch.zeros(2, residual.NUM_BINS)
     pooled_distance = residual.divergences(pooled)[0] if measured.histograms else 0.0
     p_spectral = spectral_p(spectral)
@@ -84,8 +83,8 @@ def _judge_format(
         format=name,
         attacked=p_value <= ALPHA,
         p_value=p_value,
-        spectral=TestEvidence(effect=spectral.effect, p_value=p_spectral),
-        residual=TestEvidence(effect=histogram.effect, p_value=p_residual),
+        spectral=TestEvidence(effect=spectral.effect, raw_p_value=spectral.p_value, p_value=p_spectral),
+        residual=TestEvidence(effect=histogram.effect, raw_p_value=histogram.p_value, p_value=p_residual),
         num_on_grid=len(measured.on_grid),
         histogram=tuple(pooled[0].tolist()),
         expected_histogram=tuple(pooled[1:].mean(0).tolist()),
@@ -93,6 +92,10 @@ def _judge_format(
         peak_margin=shape.peak_margin,
     )
     return found, _tensor_evidence(name, measured, spectral, histogram), family_of(shape)
+
+
+def _table(rows: list[list[float]]) -> torch.Tensor:
+    return torch.tensor(rows, dtype=torch.float64) if rows else torch.empty(0, 0, dtype=torch.float64)
 
 
 def _tensor_evidence(

@@ -66,11 +66,18 @@ class ScannedTensor(_Record):
 
 
 class TestEvidence(_Record):
-    """One test over all tensors: mean effect, and p-value before the correction for tests and formats."""
+    """One test over all tensors.
+
+    Attributes:
+        effect: Mean over tensors of the log of the statistic over that on neighbouring grids.
+        raw_p_value: p-value, corrected for the number of tensors, whatever the size of the effect.
+        p_value: The same, but 1 where the effect is too small to matter.
+    """
 
     __test__ = False  # keeps pytest from collecting it
 
     effect: float
+    raw_p_value: float = Field(ge=0, le=1)
     p_value: float = Field(ge=0, le=1)
 
 
