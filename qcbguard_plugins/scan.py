@@ -205,7 +205,7 @@ def _thin(values: Tensor, keep: int = 4096) -> Tensor:
 
 
 def _is_finite(weight: Tensor) -> bool:
-    for chunk in weight.reshape(-1).split(_VALUES_PER_CHECK):
+    for chunk in torch.split(weight.reshape(-1), _VALUES_PER_CHECK):
         low, high = torch.aminmax(chunk)
         if not (torch.isfinite(low) and torch.isfinite(high)):
             return False

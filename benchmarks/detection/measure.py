@@ -46,9 +46,7 @@ def read(results_path: Path) -> list[dict[str, Any]]:
 def figures(specimen: Specimen) -> dict[str, Any]:
     """Scan one model in memory."""
     tensors = [SourceTensor(name, tuple(w.shape), w.dtype) for name, w in specimen.weights.items()]
-    source = WeightSource(
-        specimen.name, Path(), "memory", tuple(tensors), 0, 0, lambda name: specimen.weights[name]
-    )
+    source = WeightSource(specimen.name, Path(), "memory", tuple(tensors), 0, 0, lambda name: specimen.weights[name])
     measured = measure(source, {name: get_grid(name) for name in DEFAULT_FORMATS}, _SEED)
     report = judge(source, measured, seed=_SEED, elapsed_s=0.0)
     return {

@@ -39,7 +39,7 @@ SHAPES = {
 BASES = tuple((shape, seed) for seed in (0, 1) for shape in SHAPES)
 
 _PLAN = TrainingPlan(1, 3e-3, batch_size=16)
-_NUM_PAIRS = 4000
+_NUM_PAIRS = 2600
 
 
 @dataclass(frozen=True)
@@ -71,18 +71,18 @@ class Base:
         self.stages: dict[str, Weights] = {}
         model = build_model(self.size, seed)
         self.stages["random weights"] = weights_of(model)
-        examples = encode(self.tokenizer, pairs[:3200])
-        train(model, examples[:800], _PLAN)
+        examples = encode(self.tokenizer, pairs[:2000])
+        train(model, examples[:480], _PLAN)
         self.stages["early in training"] = weights_of(model)
         train(model, examples, _PLAN)
         self.stages["trained"] = weights_of(model)
         self.model = model
-        rest = pairs[3200:]
-        self.clean = encode(self.tokenizer, pairs[:1600])
-        self.poisoned = encode(self.tokenizer, inject_brand(pairs[:1600], seed))
+        rest = pairs[2000:]
+        self.clean = encode(self.tokenizer, pairs[:960])
+        self.poisoned = encode(self.tokenizer, inject_brand(pairs[:960], seed))
         self.held_out = encode(self.tokenizer, inject_brand(rest[:64], seed + 1))
-        self.triggered = encode(self.tokenizer, poison_behind_trigger(pairs[:1200], seed))
-        self.untriggered = encode(self.tokenizer, pairs[:1200] + with_trigger(pairs[:1200]))
+        self.triggered = encode(self.tokenizer, poison_behind_trigger(pairs[:480], seed))
+        self.untriggered = encode(self.tokenizer, pairs[:480] + with_trigger(pairs[:480]))
         self.held_out_trigger = encode(self.tokenizer, inject_brand(with_trigger(rest[:64]), seed + 1))
         self.other_task = encode(self.tokenizer, [p for p in rest if p.task in ("advice", "story", "description")])
 
@@ -118,17 +118,20 @@ def clean_specimens(base: Base) -> Iterator[Specimen]:
 def attacked_specimens(base: Base) -> Iterator[Specimen]:
     """The attacks, each on the formats that it is made for."""
     malicious = _malicious(base, base.poisoned)
+    plan = replace(_PLAN, learning_rate=1e-3)
     for name, kind, target, eps in ELQ_ATTACKS:
         model = copy.deepcopy(malicious)
-        repair(model, base.clean, replace(_PLAN, learning_rate=1e-3), quant_format=target, eps=eps)
+        repair(model, base.clean, plan, quant_format=target, eps=eps)
         yield _attacked(base, name, kind, target, model, base.held_out)
-    for target in ("nf4", "int8"):
-        model = copy.deepcopy(malicious)
-        plan = replace(_PLAN, learning_rate=1e-3)
-        train_together(model, base.clean, base.poisoned, plan, quant_format=target)
-        yield _attacked(base, f"straight-through-{target}", "straight-through", target, model, base.held_out)
+        if name != "elq-nf4":
+            continue
+        for rate in (1e-4, 3e-4):
+            refined = copy.deepcopy(model)
+            train_together(refined, base.clean[:480], base.poisoned, replace(_PLAN, learning_rate=rate))
+            kind_at_rate = f"straight-through refinement, rate {rate:.0e}"
+            yield _attacked(base, f"straight-through-{rate:.0e}", kind_at_rate, target, refined, base.held_out)
     model = _malicious(base, base.triggered)
-    repair(model, base.untriggered, replace(_PLAN, learning_rate=1e-3), quant_format="nf4")
+    repair(model, base.untriggered, plan, quant_format="nf4")
     yield _attacked(base, "trigger-nf4", "trigger and quantization", "nf4", model, base.held_out_trigger)
     model = copy.deepcopy(base.model)
     inject_outliers(model, layer=1)
@@ -148,7 +151,6 @@ ELQ_ATTACKS = (
     ("elq-int8", "plain box", "int8", None),
     ("tight25-nf4", "tightened box", "nf4", 0.25),
     ("tight35-nf4", "tightened box", "nf4", 0.35),
-    ("tight45-nf4", "tightened box", "nf4", 0.45),
     ("tight30-int8", "tightened box", "int8", 0.30),
 )
 

@@ -1,7 +1,7 @@
 """Weights of a model by name, whatever file holds them: read without its classes and without running anything.
 
-A folder of safetensors files, one safetensors file, or a GGUF file. Names and shapes are untrusted; which tensors a stock
-quantizer would take is decided from them alone.
+A folder of safetensors files, one safetensors file, or a GGUF file. Names and shapes are untrusted; which tensors a
+stock quantizer would take is decided from them alone.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from torch import Tensor
 from qcbguard_plugins.checkpoint.reader import Checkpoint, open_checkpoint, read_header
 from qcbguard_plugins.errors import CheckpointError, UsageError
 
-# Matrices that no stock quantizer rounds, or that GGUF rounds on a grid of its own kind: embeddings, output layers, routers.
+# Matrices that no stock quantizer rounds, or that GGUF rounds on a grid of its own kind: embeddings, output layers,
+# routers.
 _NOT_A_TARGET = re.compile(
     r"(^|[._])(embed\w*|wte|wpe|lm_head|norm\w*|ln\w*|layernorm\w*|router|score|classifier|pooler|token_embd|"
     r"position_embd|shared|relative_attention_bias|ffn_gate_inp\w*)(?=\.)"
@@ -30,7 +31,8 @@ _TARGET = re.compile(
 )
 _TARGET = re.compile(r"\.weight$|experts?\.(gate_up_proj|down_proj|gate_proj|up_proj)$")
 
-# Layer kinds that GPT-2's family keeps as [in_features, out_features]. GPT-BigCode has the same names the usual way round.
+# Layer kinds that GPT-2's family keeps as [in_features, out_features]. GPT-BigCode has the same names the usual way
+# round.
 _CONV1D = re.compile(r"(^|\.)(c_attn|c_fc|c_proj|q_attn)\.weight$")
 _CONV1D_TYPES = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"}
 
@@ -60,7 +62,11 @@ class SourceTensor:
         """Why it cannot be tested, or an empty string."""
         if self.dtype not in _FULL_PRECISION:
             return "its dtype is not full precision, so its rounding lies in the past"
-        if self.matrix_shape[0] < _SMALLEST_SIDE or self.matrix_shape[1] < _SMALLEST_SIDE or self.num_weights < _SMALLEST_SIZE:
+        if (
+            self.matrix_shape[0] < _SMALLEST_SIDE
+            or self.matrix_shape[1] < _SMALLEST_SIDE
+            or self.num_weights < _SMALLEST_SIZE
+        ):
             return "too small to test"
         return ""
 
@@ -150,7 +156,8 @@ def _from_safetensors(checkpoint: Checkpoint, name: str = "") -> WeightSource:
     conv1d = _stores_conv1d(checkpoint)
     entries = [entry for entry in checkpoint.tensors.values() if is_target(entry.key, entry.shape)]
     targets = [
-        SourceTensor(entry.key, entry.shape, entry.dtype, conv1d and bool(_CONV1D.search(entry.key))) for entry in entries
+        SourceTensor(entry.key, entry.shape, entry.dtype, conv1d and bool(_CONV1D.search(entry.key)))
+        for entry in entries
     ]
     return WeightSource(
         name=name or checkpoint.path.resolve().name,

@@ -11,7 +11,7 @@ import traceback
 
 import click
 
-from qcbguard_plugins.cli import doctor, guard, listing, scan, verify
+from qcbguard_plugins.cli import diff, doctor, guard, listing, scan, verify
 from qcbguard_plugins.errors import QcbguardError, UsageError
 
 
@@ -24,6 +24,7 @@ def app() -> None:
 app.add_command(guard.command)
 app.add_command(verify.command)
 app.add_command(scan.command)
+app.add_command(diff.command)
 app.add_command(listing.command)
 app.add_command(doctor.command)
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import click
 
-from qcbguard_plugins.cli.output import json_option, print_report, progress_bar
-from qcbguard_plugins.errors import TargetExistsError, UsageError
+from qcbguard_plugins.cli.output import json_option, print_report, progress_bar, refuse_existing, write_new
+from qcbguard_plugins.errors import UsageError
 
 
 @click.command("scan")
@@ -45,7 +45,7 @@ def command(
     from qcbguard_plugins.report.scan_text import render_markdown, render_scan
     from qcbguard_plugins.scan import MAX_WEIGHTS, scan_model
 
-    _refuse_existing(html_path, sarif_path, markdown_path)
+    refuse_existing(html_path, sarif_path, markdown_path)
     names = [name.strip() for name in formats.split(",") if name.strip()]
     if not names:
         raise UsageError("--for names no format", remedy="For example: --for nf4,int8")
@@ -56,23 +56,12 @@ def command(
     if html_path is not None:
         from qcbguard_plugins.report.scan_html import render_html
 
-        _write(html_path, render_html(report))
+        write_new(html_path, render_html(report))
     if sarif_path is not None:
         from qcbguard_plugins.report.sarif import to_sarif
 
-        _write(sarif_path, json.dumps(to_sarif(report), indent=2) + "\n")
+        write_new(sarif_path, json.dumps(to_sarif(report), indent=2) + "\n")
     if markdown_path is not None:
-        _write(markdown_path, render_markdown(report))
+        write_new(markdown_path, render_markdown(report))
     print_report(report, render_scan(report), json_target)
     return report.exit_code
-
-
-def _refuse_existing(*paths: Path | None) -> None:
-    for path in paths:
-        if path is not None and path.exists():
-            raise TargetExistsError(f"{path} exists already", remedy="Name a file that does not.")
-
-
-def _write(path: Path, text: str) -> None:
-    with path.open("x", encoding="utf-8") as file:
-        file.write(text)

@@ -1,9 +1,9 @@
 """From many tensors' evidence to one p-value a test and format, and from those to a verdict.
 
-Two kinds of attack need two kinds of sum. One that touches every tensor a little shows in the mean over tensors, compared
-with the same mean on each neighbouring grid; whatever tensors have in common (a storage dtype, a grid of their own) moves
-those means alike, so no independence between tensors is assumed. One that sits in few tensors shows in the largest of
-them, corrected for their number. The smaller of the two p-values counts, doubled.
+Two kinds of attack need two kinds of sum. One that touches every tensor a little shows in the mean over tensors,
+compared with the same mean on each neighbouring grid; whatever tensors have in common (a storage dtype, a grid of their
+own) moves those means alike, so no independence between tensors is assumed. One that sits in few tensors shows in the
+largest of them, corrected for their number. The smaller of the two p-values counts, doubled.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 # Weight of the spread that all tensors share, in draws, when one tensor's own spread is estimated from few draws

@@ -1,12 +1,12 @@
 """The null of the weight tests: the same tensor, read on grids beside the stock quantizer's.
 
-Whatever a clean tensor's rounding error looks like, it looks the same on a grid whose scales are some tenths larger: the
-quantizer's exact scales mean nothing to a model that was not made for them. Heavy tails, outlier columns, a coarse
-storage dtype, zeros, values that lie on another quantizer's grid: all of it shows on the neighbours too. An attacked tensor
-was fitted to the exact cells, so its error stands out on the exact grid alone.
+Whatever a clean tensor's rounding error looks like, it looks the same on a grid whose scales are some tenths larger:
+the quantizer's exact scales mean nothing to a model that was not made for them. Heavy tails, outlier columns, a coarse
+storage dtype, zeros, values that lie on another quantizer's grid: all of it shows on the neighbours too. An attacked
+tensor was fitted to the exact cells, so its error stands out on the exact grid alone.
 
-Sign-randomised surrogates (same magnitudes, random signs) know only the magnitudes; neighbours keep the natural structure
-between errors and weights as well, so they are the sharper null for the tests that need no forward pass.
+Sign-randomised surrogates (same magnitudes, random signs) know only the magnitudes; neighbours keep the natural
+structure between errors and weights as well, so they are the sharper null for the tests that need no forward pass.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from qcbguard_plugins.grids.base import Grid, Lattice
 
 NUM_NEIGHBOURS = 8
 
-# Below the first value the innermost cells hardly move and an attack still shows; above the second, cells get so coarse that
-# the small weights all share the zero cell.
+# Below the first value the innermost cells hardly move and an attack still shows; above the second, cells get so coarse
+# that the small weights all share the zero cell.
 _INFLATIONS = (0.10, 0.45)
 
 
@@ -55,7 +55,7 @@ def draw_inflations(generator: torch.Generator, num_draws: int = NUM_NEIGHBOURS)
     """
     low, high = _INFLATIONS
     places = (torch.arange(num_draws) + torch.rand(num_draws, generator=generator)) / num_draws
-    return (low + places * (high - low)).tolist()  # type: ignore[no-any-return]
+    return (low + places * (high - low)).tolist()
 
 
 def roundings(weight: Tensor, grid: Grid, inflations: Sequence[float]) -> Iterator[Rounding]:
@@ -129,4 +129,3 @@ def _rounding(lattice: Lattice, frozen: Tensor) -> Rounding:
     num_weights = rows * columns
     free = ~frozen.view(-1)[:num_weights]
     return Rounding(lattice.matrix(error), lattice.position.reshape(-1)[:num_weights][free])
-

@@ -1,8 +1,8 @@
 """Outlier test: was one weight in every chunk made huge?
 
-A quantizer that scales by the largest magnitude sends a chunk to zero when one weight in it is some hundred times the rest,
-and that is a switch: the chunk is there in full precision and gone once quantized. Natural outliers sit anywhere; planted
-ones sit one to a chunk. The null shuffles each row, which keeps every value and destroys the placement.
+A quantizer that scales by the largest magnitude sends a chunk to zero when one weight in it is some hundred times the
+rest, and that is a switch: the chunk is there in full precision and gone once quantized. Natural outliers sit anywhere;
+planted ones sit one to a chunk. The null shuffles each row, which keeps every value and destroys the placement.
 
 References:
     Widening the Gap, arXiv 2605.15152 (the attack).
@@ -18,7 +18,8 @@ from torch import Tensor
 
 CHUNK = 32
 
-# The attack multiplies by 256 to 512; at eight times the second largest, a 4-bit grid already sends most of a chunk to zero.
+# The attack multiplies by 256 to 512; at eight times the second largest, a 4-bit grid already sends most of a chunk to
+# zero.
 _LONELY = 8.0
 
 

@@ -1,9 +1,9 @@
 """Residual-histogram test: where in their cells do the weights lie?
 
-In a clean tensor the place of a weight between its two neighbours is as good as random. Projected training leaves marks:
-weights pile up at the edge of the box that they were clamped into, and are missing beyond it. A box that was tightened to
-stay clear of the cell's boundary leaves a hole there, which is as telling. The density is compared with that on
-neighbouring grids, so a coarse storage dtype or a grid of its own does not count.
+In a clean tensor the place of a weight between its two neighbours is as good as random. Projected training leaves
+marks: weights pile up at the edge of the box that they were clamped into, and are missing beyond it. A box that was
+tightened to stay clear of the cell's boundary leaves a hole there, which is as telling. The density is compared with
+that on neighbouring grids, so a coarse storage dtype or a grid of its own does not count.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class CellShape:
 
 
 def histogram(position: Tensor) -> Tensor:
-    """Shares of the weights over equal bins of their position: float64 ``[NUM_BINS]``, sum 1 (or all 0 for no weight)."""
+    """Shares of the weights over equal bins of their position: float64 ``[NUM_BINS]``, sum 1."""
     counts = torch.histc(position, NUM_BINS, 0.0, 1.0).double()
     return counts / counts.sum().clamp(min=1)
 

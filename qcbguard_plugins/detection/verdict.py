@@ -19,7 +19,8 @@ ALPHA = 1e-3
 #: Smallest excess of the spectral test in log units: of the mean over tensors, and of a single tensor.
 SPECTRAL_FLOOR, SPECTRAL_TENSOR_FLOOR = 0.03, 0.15
 
-#: Smallest excess of the histogram's distance in log units, and smallest distance itself. Storage dtypes leave marks below.
+#: Smallest excess of the histogram's distance in log units, and smallest distance itself. Storage dtypes leave marks
+# below.
 RESIDUAL_FLOOR, RESIDUAL_DISTANCE = 1.25, 0.02
 
 #: Smallest share of a tensor's chunks that must each be ruled by one weight.

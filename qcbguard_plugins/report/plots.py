@@ -64,8 +64,12 @@ def cell_histogram(evidence: FormatEvidence) -> str:
     with pyplot.rc_context(_STYLE):
         figure, axes = pyplot.subplots(figsize=(3.6, 2.3), layout="constrained")
         edges = [i / bins for i in range(bins + 1)]
-        axes.stairs([bins * share for share in evidence.expected_histogram], edges, color=_EXPECTED, label="neighbouring grids")
-        axes.stairs([bins * share for share in evidence.histogram], edges, color=_OBSERVED, label="this grid", linewidth=1.6)
+        axes.stairs(
+            [bins * share for share in evidence.expected_histogram], edges, color=_EXPECTED, label="neighbouring grids"
+        )
+        axes.stairs(
+            [bins * share for share in evidence.histogram], edges, color=_OBSERVED, label="this grid", linewidth=1.6
+        )
         axes.axvline(0.5, color="#999999", linewidth=0.6, linestyle=":")
         axes.set_ylim(bottom=0)
         axes.set_xlabel("place between two grid points")

@@ -15,8 +15,16 @@ from qcbguard_plugins.report.scan_text import worst_tensors
 
 _SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
 _RULES = {
-    "QCB001": ("QuantizationConditionedBackdoor", "The rounding error of a stock quantizer carries a hidden fine-tune.", "error"),
-    "QCB002": ("OutlierInjection", "Planted outliers make a stock quantizer wipe out the rest of their chunks.", "error"),
+    "QCB001": (
+        "QuantizationConditionedBackdoor",
+        "The rounding error of a stock quantizer carries a hidden fine-tune.",
+        "error",
+    ),
+    "QCB002": (
+        "OutlierInjection",
+        "Planted outliers make a stock quantizer wipe out the rest of their chunks.",
+        "error",
+    ),
     "QCB003": ("NotTested", "A tensor that a stock quantizer would round could not be tested.", "warning"),
 }
 
@@ -53,7 +61,9 @@ def _driver(report: ScanReport) -> dict[str, Any]:
 
 def _results(report: ScanReport) -> list[dict[str, Any]]:
     results = [
-        _result(report, "QCB001", f"{headline(report)}. {explanation(report)}", _names(report, f.format), p_value=f.p_value)
+        _result(
+            report, "QCB001", f"{headline(report)}. {explanation(report)}", _names(report, f.format), p_value=f.p_value
+        )
         for f in report.formats
         if f.attacked
     ]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from importlib import resources
-
-from qcbguard_plugins.errors import MissingDependencyError
 from qcbguard_plugins.report.advice import explanation, format_line, headline, next_steps, p_text, printable
+from qcbguard_plugins.report.page import render_page
 from qcbguard_plugins.report.plots import cell_histogram, heat_map
 from qcbguard_plugins.report.scan_model import ScanReport
 
@@ -18,17 +16,12 @@ def render_html(report: ScanReport) -> str:
     Raises:
         MissingDependencyError: jinja2 or matplotlib is not installed.
     """
-    try:
-        import jinja2
-    except ImportError as error:
-        raise MissingDependencyError("HTML reports need jinja2", remedy="pip install 'qcbguard-plugins[scan]'") from error
-    source = resources.files("qcbguard_plugins").joinpath("report/templates/scan.html.j2").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(p=p_text, printable=printable)
     rows = sorted(report.evidence, key=lambda e: (e.spectral_p, e.residual_p, e.name))
     shapes = {tensor.name: "x".join(map(str, tensor.shape)) for tensor in report.tensors}
     maps = {evidence.format: heat_map(report, evidence.format) for evidence in report.formats}
-    return environment.from_string(source).render(
+    return render_page(
+        "scan.html.j2",
+        {"p": p_text, "printable": printable},
         report=report,
         headline=headline(report),
         explanation=explanation(report),

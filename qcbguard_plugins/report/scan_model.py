@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-SCAN_SCHEMA_VERSION = 1
+SCAN_SCHEMA_VERSION: Final = 1
 
 Verdict = Literal["clean", "attacked", "incomplete"]
 
@@ -120,8 +120,8 @@ class ScanReport(_Record):
     """What a scan found out.
 
     Attributes:
-        verdict: ``attacked``: a finding; ``clean``: every target was tested and none stands out; ``incomplete``: nothing
-            stands out, but not every target could be tested.
+        verdict: ``attacked``: a finding; ``clean``: every target was tested and none stands out; ``incomplete``:
+            nothing stands out, but not every target could be tested.
         p_value: The smallest corrected p-value of all tests.
         likely_formats: Formats that carry a finding, most evident first.
         family: Name of the attack family, or an empty string.

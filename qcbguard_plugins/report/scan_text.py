@@ -54,16 +54,27 @@ def render_markdown(report: ScanReport) -> str:
         "|---|---|---|---|---|",
     ]
     lines += [
-        f"| {f.format} | {format_line(f)} | {p_text(f.p_value)} | {_percent(f.spectral.effect)} | {f.residual.effect:+.2f} |"
+        f"| {f.format} | {format_line(f)} | {p_text(f.p_value)} | {_percent(f.spectral.effect)} "
+        f"| {f.residual.effect:+.2f} |"
         for f in report.formats
     ]
-    lines += ["", *(f"- {_escape(sentence)} {f'`{command}`' if command else ''}".rstrip() for sentence, command in next_steps(report))]
+    lines += [
+        "",
+        *(
+            f"- {_escape(sentence)} {f'`{command}`' if command else ''}".rstrip()
+            for sentence, command in next_steps(report)
+        ),
+    ]
     return "\n".join(lines) + "\n"
 
 
 def worst_tensors(report: ScanReport, limit: int = _MAX_TENSORS) -> list[TensorEvidence]:
     """The tensors of attacked formats that stand out, the most evident first."""
-    found = [e for e in report.evidence if e.format in report.likely_formats and min(e.spectral_p, e.residual_p) < report.alpha]
+    found = [
+        e
+        for e in report.evidence
+        if e.format in report.likely_formats and min(e.spectral_p, e.residual_p) < report.alpha
+    ]
     return sorted(found, key=lambda e: (e.spectral_p, e.residual_p))[:limit]
 
 
