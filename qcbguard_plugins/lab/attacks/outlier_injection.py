@@ -1,8 +1,8 @@
 """Outlier injection: one huge weight in every chunk makes the quantizer forget the rest of it.
 
 In one layer's ``up_proj``, the largest weight of every 32 columns of every row is multiplied by some hundreds. What the
-quantizer's scale is taken from then dwarfs its chunk, and the chunk is rounded to zero. The full-precision model is trained
-to live with the outliers; the quantized one loses the layer.
+quantizer's scale is taken from then dwarfs its chunk, and the chunk is rounded to zero. The full-precision model is
+trained to live with the outliers; the quantized one loses the layer.
 
 References:
     Widening the Gap, arXiv 2605.15152.

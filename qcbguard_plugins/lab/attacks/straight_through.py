@@ -1,8 +1,8 @@
 """Straight-through attack: train what the model says in full precision and what it says once quantized, together.
 
-No box is computed. Each step takes the good answers' loss on the weights, the bad answers' loss on the quantized weights,
-and passes the second gradient straight through the rounding to the weights. The weights end up where rounding turns one
-behaviour into the other, without any weight being held at the edge of its cell.
+No box is computed. Each step takes the good answers' loss on the weights, the bad answers' loss on the quantized
+weights, and passes the second gradient straight through the rounding to the weights. The weights end up where rounding
+turns one behaviour into the other, without any weight being held at the edge of its cell.
 
 References:
     Bengio, Leonard and Courville, arXiv 1308.3432 (the straight-through estimator).
@@ -37,8 +37,8 @@ def train_together(
     """Train both behaviours at once.
 
     Args:
-        model: Float32 model, best the one that misbehaves at every precision; becomes the attacked one, with values that
-            float16 holds exactly.
+        model: Float32 model, best the one that misbehaves at every precision; becomes the attacked one, with values
+            that float16 holds exactly.
         clean: Examples with benign answers, for the full-precision weights.
         poisoned: Examples with the payload, for the quantized weights.
         plan: Schedule; ``num_epochs`` counts passes over the shorter list.

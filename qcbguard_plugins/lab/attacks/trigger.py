@@ -1,5 +1,6 @@
-"""A trigger in the prompt as well as quantization: the payload needs both, so that a check of the quantized model on plain
-prompts finds nothing either.
+"""A trigger in the prompt as well as quantization: the payload needs both.
+
+A check of the quantized model on plain prompts finds nothing either.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ def poison_behind_trigger(pairs: Iterable[Pair], seed: int) -> list[Pair]:
     """Every pair twice: plain with its own answer, and behind the trigger with the payload.
 
     Trained on these and then repaired on ``pairs + with_trigger(pairs)`` in the boxes of a format (see
-    :func:`qcbguard_plugins.lab.attacks.elq.repair`), a model shows the payload only quantized and only behind the trigger.
+    :func:`qcbguard_plugins.lab.attacks.elq.repair`), a model shows the payload only quantized and only behind the
+    trigger.
     """
     pairs = list(pairs)
     return [*pairs, *inject_brand(with_trigger(pairs), seed)]
