@@ -151,6 +151,7 @@ ELQ_ATTACKS = (
     ("elq-int8", "plain box", "int8", None),
     ("tight25-nf4", "tightened box", "nf4", 0.25),
     ("tight35-nf4", "tightened box", "nf4", 0.35),
+    ("tight25-fp4", "tightened box", "fp4", 0.25),
     ("tight30-int8", "tightened box", "int8", 0.30),
 )
 
