@@ -42,11 +42,12 @@ def heat_map(report: ScanReport, format: str) -> str:
             grid[projections.index(tensor.projection)][layers.index(tensor.layer)] = values[tensor.name]
     pyplot = _pyplot()
     with pyplot.rc_context(_STYLE):
-        figure, axes = pyplot.subplots(figsize=(7.2, 0.7 + 0.32 * len(projections)), layout="constrained")
-        highest = max(0.25, *(value for row in grid for value in row if value == value))
+        figure, axes = pyplot.subplots(figsize=(4.2, 0.7 + 0.26 * len(projections)), layout="constrained")
+        # One scale for all formats, so that the pages' maps compare at a glance.
+        highest = max(0.25, *(e.spectral_effect for e in report.evidence))
         mesh = axes.pcolormesh(grid, cmap="Reds", vmin=0, vmax=highest, edgecolors="white", linewidth=0.5)
         axes.set_yticks([i + 0.5 for i in range(len(projections))], [printable(name, 28) for name in projections])
-        step = max(1, len(layers) // 16)
+        step = max(1, len(layers) // 10)
         axes.set_xticks([i + 0.5 for i in range(0, len(layers), step)], [str(layer) for layer in layers[::step]])
         axes.set_xlabel("layer")
         axes.invert_yaxis()
