@@ -2,8 +2,8 @@
 
     python -m benchmarks.scan_speed --json scan_speed.json
 
-Each job runs in a process of its own, so that its peak memory is its own. The file is read once before, so that all three
-find it in the page cache alike.
+Each job runs in a process of its own, so that its peak memory is its own. The file is read once before, so that all
+three find it in the page cache alike.
 """
 
 from __future__ import annotations
@@ -79,7 +79,17 @@ JOBS = {"read": read, "quantize": quantize, "scan": scan}
 
 def run_job(name: str, folder: Path, formats: list[str]) -> dict[str, float]:
     """Run one job in its own process; the time is without imports, the memory is the process's peak."""
-    command = [sys.executable, "-m", "benchmarks.scan_speed", "--job", name, "--folder", str(folder), "--for", ",".join(formats)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.scan_speed",
+        "--job",
+        name,
+        "--folder",
+        str(folder),
+        "--for",
+        ",".join(formats),
+    ]
     finished = subprocess.run(command, check=True, capture_output=True, text=True)
     return json.loads(finished.stdout.splitlines()[-1])
 

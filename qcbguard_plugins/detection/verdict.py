@@ -14,7 +14,7 @@ from qcbguard_plugins.detection.outlier import OutlierEvidence
 from qcbguard_plugins.detection.residual import CellShape
 
 #: Largest p-value of a finding, after correction for the number of tests and formats.
-ALPHA = 1e-3
+ALPHA = 0.01
 
 #: Smallest excess of the spectral test in log units: of the mean over tensors, and of a single tensor.
 SPECTRAL_FLOOR, SPECTRAL_TENSOR_FLOOR = 0.03, 0.15

@@ -109,7 +109,10 @@ def test_empty_tensors_are_no_targets(tmp_path: Path) -> None:
 
 def test_a_name_cannot_reach_the_page_or_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     hostile = "<script>alert(1)</script>[red]\x1b[2J${\\frac}|`x`.layers.0.a.weight"
-    save_file({hostile: torch.full((64, 64), float("nan")), hostile + ".b.weight": random_weight(0)}, tmp_path / "model.safetensors")
+    save_file(
+        {hostile: torch.full((64, 64), float("nan")), hostile + ".b.weight": random_weight(0)},
+        tmp_path / "model.safetensors",
+    )
     report = scan_model(tmp_path / "model.safetensors", seed=0)
     page = render_html(report)
     assert "<script" not in page and "\x1b" not in page

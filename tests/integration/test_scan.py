@@ -75,7 +75,10 @@ def test_large_tensors_are_sampled_and_said_to_be(tmp_path: Path) -> None:
 
 def test_what_cannot_be_tested_makes_a_scan_incomplete(tmp_path: Path) -> None:
     folder = clean_folder(tmp_path / "m")
-    tensors = {f"model.layers.0.mlp.up_proj.weight": random_weight(0), "model.layers.1.mlp.up_proj.weight": random_weight(1)}
+    tensors = {
+        "model.layers.0.mlp.up_proj.weight": random_weight(0),
+        "model.layers.1.mlp.up_proj.weight": random_weight(1),
+    }
     tensors["model.layers.0.mlp.up_proj.weight"][3, 3] = float("nan")
     (folder / "model.safetensors").unlink()
     save_file(tensors, folder / "model.safetensors")
@@ -95,9 +98,7 @@ def test_what_cannot_be_tested_makes_a_scan_incomplete(tmp_path: Path) -> None:
         ("qcb-int8-4m", "attacked", ("int8",)),
     ],
 )
-def test_models_attacked_by_other_code(
-    shared_models: Path, model: str, verdict: str, formats: tuple[str, ...]
-) -> None:
+def test_models_attacked_by_other_code(shared_models: Path, model: str, verdict: str, formats: tuple[str, ...]) -> None:
     report = scan_model(shared_models / model)
     assert report.verdict == verdict and report.likely_formats == formats
 
@@ -110,7 +111,9 @@ def test_names_are_understood() -> None:
 
 
 @pytest.mark.parametrize(("make", "code"), [(clean_folder, 0), (attacked_folder, 1)])
-def test_the_command_writes_what_it_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str], make: object, code: int) -> None:
+def test_the_command_writes_what_it_is_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], make: object, code: int
+) -> None:
     folder = make(tmp_path / "m")  # type: ignore[operator]
     outputs = {kind: tmp_path / f"report.{kind}" for kind in ("html", "sarif", "json", "markdown")}
     arguments = [part for kind, path in outputs.items() for part in (f"--{kind}", str(path))]

@@ -17,7 +17,7 @@ def random_weight(seed: int, rows: int = 128, columns: int = 192) -> Tensor:
 
 
 def boxed_weight(seed: int, format: str, eps: float = 0.02, strength: float = 0.4) -> Tensor:
-    """What projected training leaves: a malicious weight moved along a low-rank direction, then clamped into its box."""
+    """What projected training leaves: a malicious weight, moved in a low-rank direction and clamped into its box."""
     malicious = random_weight(seed)
     grid = get_grid(format)
     generator = torch.Generator().manual_seed(seed + 1000)
