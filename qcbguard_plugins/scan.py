@@ -14,7 +14,15 @@ from torch import Tensor
 
 from qcbguard_plugins.checkpoint.source import SourceTensor, WeightSource, open_weights
 from qcbguard_plugins.detection import outlier, residual, spectral
-from qcbguard_plugins.detection.neighbours import draw_inflations, generator_for, reproduces, roundings, sample_rows
+from qcbguard_plugins.detection.neighbours import (
+    NEAR_GRID,
+    draw_inflations,
+    generator_for,
+    reproduces,
+    roundings,
+    sample_rows,
+    sign_surrogate,
+)
 from qcbguard_plugins.detection.verdict import ON_GRID
 from qcbguard_plugins.errors import MissingDependencyError, UsageError
 from qcbguard_plugins.grids import Grid, get_grid
@@ -175,7 +183,7 @@ def _measure_tensor(
     for name, grid in grids.items():
         part = sample_rows(weight, grid, max_weights, generator)
         num_tested = min(num_tested, part.numel())
-        _measure_format(target.name, part, grid, inflations, start, measured.formats[name])
+        _measure_format(target.name, part, grid, inflations, start, generator, measured.formats[name])
     measured.tensors.append(target)
     measured.num_tested.append(num_tested)
     measured.outliers.append(outlier.outlier_test(part, generator))
@@ -183,15 +191,27 @@ def _measure_tensor(
 
 
 def _measure_format(
-    name: str, part: Tensor, grid: Grid, inflations: Sequence[float], start: Tensor, into: FormatMeasurements
+    name: str,
+    part: Tensor,
+    grid: Grid,
+    inflations: Sequence[float],
+    start: Tensor,
+    generator: torch.Generator,
+    into: FormatMeasurements,
 ) -> None:
     if reproduces(part, grid) >= ON_GRID:
         into.on_grid.append(name)
         return
-    edge_ratios, histograms = [], []
+    edge_ratios, histograms, energies = [], [], []
+    exact = None
     for rounding in roundings(part, grid, inflations):
+        exact = rounding.error if exact is None else exact
         edge_ratios.append(spectral.edge_ratio(rounding.error, start))
         histograms.append(residual.histogram(rounding.position))
+        energies.append(float(rounding.error.square().mean()))
+    if exact is not None and energies[0] < NEAR_GRID * sum(energies[1:]) / len(inflations):
+        surrogates = (sign_surrogate(exact, generator) for _ in inflations)
+        edge_ratios[1:] = [spectral.edge_ratio(surrogate, start) for surrogate in surrogates]
     into.names.append(name)
     into.edge_ratios.append(edge_ratios)
     into.histograms.append(torch.stack(histograms))

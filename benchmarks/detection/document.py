@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import platform
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from qcbguard_plugins.report.model import installed_versions
 
 Row = dict[str, Any]
 
-ROOT = Path(__file__).resolve().parents[2]
 TESTS = ("spectral", "histogram", "outlier", "combination")
 _HONEST = "honest fine-tune of a dequantized model"
 _SMALLEST_P = 1e-300
@@ -40,7 +38,7 @@ def write(results_path: Path, docs_dir: Path) -> None:
         "AUC": auc_table(clean, attacked),
         "THRESHOLDS": threshold_table(clean, attacked),
         "HONEST": f"{sum(map(flagged, honest))} of {len(honest)}",
-        "RECORD": record(len(rows), cpu_s),
+        "RECORD": record(rows, cpu_s),
     }
     for name, value in values.items():
         template = template.replace(f"@{name}@", value)
@@ -143,10 +141,12 @@ def threshold_table(clean: Sequence[Row], attacked: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def record(num_models: int, cpu_s: float) -> str:
+def record(rows: Sequence[Row], cpu_s: float) -> str:
     versions = installed_versions()
     listed = ", ".join(f"{name} {version}" for name, version in versions.items())
-    return f"{num_models} models; {cpu_s / 60:.0f} CPU-minutes on {_processor()} with one thread; commit {_commit()}; {listed}."
+    spent = f"{cpu_s / 60:.0f} CPU-minutes on {_processor()} with one thread"
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
+    return f"{len(rows)} models; {spent}; measured at {commits}; {listed}."
 
 
 def plot_roc(clean: Sequence[Row], attacked: Sequence[Row], path: Path) -> None:
@@ -197,13 +197,6 @@ def _pyplot() -> Any:
     from matplotlib import pyplot
 
     return pyplot
-
-
-def _commit() -> str:
-    found = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    return found.stdout.strip() or "unknown"
 
 
 def _processor() -> str:

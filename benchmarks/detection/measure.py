@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,6 +52,7 @@ def figures(specimen: Specimen) -> dict[str, Any]:
     report = judge(source, measured, seed=_SEED, elapsed_s=0.0)
     return {
         "name": specimen.name,
+        "commit": commit(),
         "kind": specimen.kind,
         "target": specimen.target,
         "switch": specimen.switch,
@@ -62,6 +64,14 @@ def figures(specimen: Specimen) -> dict[str, Any]:
         "outlier_share": max(e.share for e in measured.outliers),
         "tests": {f.format: _tests(f.format, report, measured) for f in report.formats},
     }
+
+
+def commit() -> str:
+    """Short hash of the checkout."""
+    root = Path(__file__).resolve().parents[2]
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    found = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "unknown"
 
 
 def _tests(name: str, report: Any, measured: Any) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from qcbguard_plugins.detection.combination import Combined, combine
+from qcbguard_plugins.detection.neighbours import sign_surrogate
 from qcbguard_plugins.grids.base import Grid
 
 
@@ -34,9 +35,8 @@ def sign_randomized(weight: Tensor, rounded_weight: Tensor, generator: torch.Gen
     Returns:
         float32 in the same shape; weights that rounding leaves alone stay as they are.
     """
-    signs = torch.randint(0, 2, weight.shape, generator=generator, dtype=torch.float32).mul_(2).sub_(1)
     original = weight.float()
-    return original + (rounded_weight - original).abs_().mul_(signs)
+    return original + sign_surrogate(rounded_weight - original, generator)
 
 
 def divergence(reference: Tensor, other: Tensor) -> Tensor:
