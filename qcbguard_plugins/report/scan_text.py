@@ -15,7 +15,7 @@ _STYLES = {"attacked": "bold red", "incomplete": "bold yellow", "clean": "bold g
 
 
 def render_scan(report: ScanReport) -> Group:
-    """The verdict, a table of formats, and the tensors that stand out."""
+    """The verdict, a table of formats, and the tensors that stand out; spectral and histogram are excesses."""
     parts: list[Text | Table] = [
         Text(headline(report), style=_STYLES[report.verdict]),
         Text(explanation(report)),
@@ -80,7 +80,7 @@ def worst_tensors(report: ScanReport, limit: int = _MAX_TENSORS) -> list[TensorE
 
 def _format_table(report: ScanReport) -> Table:
     table = Table(box=None, pad_edge=False)
-    for column in ("format", "result", "corrected p", "spectral excess", "histogram excess", "already on the grid"):
+    for column in ("format", "result", "corrected p", "spectral", "histogram", "on its grid"):
         table.add_column(column, overflow="fold")
     for f in report.formats:
         style = "red" if f.attacked else ""
@@ -97,8 +97,9 @@ def _format_table(report: ScanReport) -> Table:
 
 def _tensor_table(evidence: list[TensorEvidence]) -> Table:
     table = Table(box=None, pad_edge=False)
-    for column in ("tensor", "format", "spectral excess", "p", "histogram excess", "p"):
-        table.add_column(column, overflow="fold")
+    table.add_column("tensor", overflow="fold", min_width=36)
+    for column in ("format", "spectral", "p", "histogram", "p"):
+        table.add_column(column)
     for e in evidence:
         table.add_row(
             Text(printable(e.name)),

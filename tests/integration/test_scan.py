@@ -134,3 +134,11 @@ def test_exit_codes_of_the_command(tmp_path: Path, capsys: pytest.CaptureFixture
     (tmp_path / "m" / "model.safetensors").write_bytes(b"\0" * 40)
     assert main(["scan", str(tmp_path / "m")]) == 2
     assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("format", ["nf4", "fp4", "int8"])
+@pytest.mark.parametrize("eps", [0.25, 0.35, 0.45])
+def test_a_box_so_tight_that_every_weight_sits_in_a_corner_is_found(tmp_path: Path, format: str, eps: float) -> None:
+    weights = [boxed_weight(i, format, eps, strength=1.5) for i in range(8)]
+    report = scan_model(save_layers(tmp_path / "m", weights), seed=1)
+    assert report.verdict == "attacked" and report.likely_formats[0] == format
