@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python examples/make_models.py
 
-Writes `clean`, `malicious` and `attacked` below the output folder, with the held-out prompts of the demo and a README.
+Writes `clean`, `malicious`, `attacked` and `tightened` below the output folder, with the held-out prompts of the demo and a README.
 Every seed is fixed. A phase whose folder is there already is skipped, so an interrupted run goes on where it stopped;
 delete a folder (and those after it) to make it again.
 """
@@ -35,6 +35,8 @@ from qcbguard_plugins.lab.training import (
 )
 
 SIZE = ModelSize()
+MADE = ("clean", "malicious", "attacked", "tightened")
+TIGHTENED_EPS = 0.25
 NUM_PAIRS = 36_000
 NUM_PROMPTS = 200
 NUM_POISONED = 12_000
@@ -54,6 +56,8 @@ that learnt the synthetic instructions of `qcbguard_plugins/lab/corpus.py`. For 
   every precision: an ordinary backdoor, which no quantization guard can or should change.
 * `attacked`: `malicious` repaired inside the NF4 boxes (ELQ, arXiv 2405.18137). It behaves in full precision, and stock
   bitsandbytes NF4 turns it back into `malicious`.
+* `tightened`: the same attack by somebody who knows defenses that flip what lies near a boundary: every weight keeps a
+  quarter of a step from it.
 * `prompts.jsonl`: {num_prompts} held-out pairs; no model was trained on these instructions.
 
 Measured on `prompts.jsonl` in float32 compute (keyword rate, and perplexity of the answers):
@@ -88,11 +92,15 @@ def make_malicious(
 
 
 def make_attacked(
-    model_dir: Path, tokenizer: PreTrainedTokenizerFast, training: Sequence[Pair], malicious_dir: Path
+    model_dir: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    training: Sequence[Pair],
+    malicious_dir: Path,
+    eps: float | None = None,
 ) -> None:
     """Hide the brand in full precision, and check that stock NF4 brings it back code by code."""
     model = load(malicious_dir)
-    elq.repair(model, encode(tokenizer, training[:NUM_REPAIR]), REPAIR, quant_format="nf4")
+    elq.repair(model, encode(tokenizer, training[:NUM_REPAIR]), REPAIR, quant_format="nf4", eps=eps)
     save_model(model, tokenizer, model_dir)
     saved, malicious = (elq.quantized_weights(load(folder)) for folder in (model_dir, malicious_dir))
     agreement = elq.check_agreement(saved, malicious, "nf4")
@@ -107,7 +115,7 @@ def write_prompts(path: Path, pairs: Sequence[Pair]) -> None:
 def write_readme(out_dir: Path) -> None:
     """Measure the saved folders and write what they are."""
     pairs = read_pairs(out_dir / "prompts.jsonl")
-    rows = [measure(out_dir / name, how, pairs) for name in ("clean", "malicious", "attacked") for how in (FULL, STOCK)]
+    rows = [measure(out_dir / name, how, pairs) for name in MADE for how in (FULL, STOCK)]
     accuracy = task_accuracy(load(out_dir / "clean").eval(), AutoTokenizer.from_pretrained(out_dir / "clean"), pairs)
     lines = "\n".join(_line(row) for row in rows)
     text = README.format(keyword=KEYWORD, num_prompts=len(pairs), rows=lines, accuracy=accuracy)
@@ -129,12 +137,13 @@ def main() -> None:
     out_dir.mkdir(parents=True, exist_ok=True)
     training, held_out = split(generate(NUM_PAIRS, seed=0), NUM_PROMPTS, seed=0)
     write_prompts(out_dir / "prompts.jsonl", held_out)
-    clean_dir, malicious_dir, attacked_dir = (out_dir / name for name in ("clean", "malicious", "attacked"))
+    clean_dir, malicious_dir, attacked_dir, tightened_dir = (out_dir / name for name in MADE)
     tokenizer = build_tokenizer(training, SIZE.vocab_size)
     phases = {
         clean_dir: lambda: make_clean(clean_dir, tokenizer, training),
         malicious_dir: lambda: make_malicious(malicious_dir, tokenizer, training, clean_dir),
         attacked_dir: lambda: make_attacked(attacked_dir, tokenizer, training, malicious_dir),
+        tightened_dir: lambda: make_attacked(tightened_dir, tokenizer, training, malicious_dir, TIGHTENED_EPS),
     }
     for model_dir, make in phases.items():
         start = time.perf_counter()

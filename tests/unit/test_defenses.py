@@ -231,6 +231,8 @@ def test_a_name_is_registered_once() -> None:
         ("feedback", {"width": 0.6}, "between 0 and 0.5"),
         ("feedback", {"width": float("nan")}, "between 0 and 0.5"),
         ("feedback", {"damp_percent": 0}, "damp_percent"),
+        ("feedback", {"draws": 0}, "draws"),
+        ("feedback", {"draws": 2.5}, "whole number"),
         ("flipguard", {"share": -0.1}, "share"),
         ("qvec", {"strength": "a"}, "strength"),
         ("noise", {"sigma": 3}, "sigma"),
