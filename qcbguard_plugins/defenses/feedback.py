@@ -29,8 +29,8 @@ class Feedback(Defense):
 
     Attributes:
         width: Half-width of the dither in steps, in [0, 0.5].
-        draws: Number of draws for each row, at least 1. More take more time and stay nearer to full precision; where the
-            inputs do not reach, the choice among them is blind, and rounding stays unbiased.
+        draws: Number of draws for each row, at least 1. More take more time and stay nearer to full precision; where
+            the inputs do not reach, the choice among them is blind, and rounding stays unbiased.
         damp_percent: Damping of the Hessian, as a share of its mean diagonal, in (0, 1].
 
     References:
