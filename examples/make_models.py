@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python examples/make_models.py
 
 Writes `clean`, `malicious`, `attacked` and `tightened` below the output folder, with the held-out prompts of the demo
-and a README. Every seed is fixed. A phase whose folder is there already is skipped, so an interrupted run goes on where it stopped;
-delete a folder (and those after it) to make it again.
+and a README. Every seed is fixed. A phase whose folder is there already is skipped, so an interrupted run goes on where
+it stopped; delete a folder (and those after it) to make it again.
 """
 
 import argparse
