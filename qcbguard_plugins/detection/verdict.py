@@ -98,7 +98,7 @@ def family_of(shape: CellShape) -> Family:
         return GRID_FINE_TUNE
     if shape.boundary_density < 0.75:
         return TIGHTENED_BOX
-    if shape.peak_density > 1.2:
+    if shape.peak_density > 1.2 or shape.boundary_density > 1.04:
         return BOX
     return NO_BOX
 

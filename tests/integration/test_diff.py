@@ -15,6 +15,7 @@ from qcbguard_plugins.errors import CheckpointError, UsageError
 from qcbguard_plugins.plan import make_plan
 from qcbguard_plugins.prompts import BUILTIN, forms_of, gather_prompts
 from qcbguard_plugins.report.diff_model import DiffReport
+from tests.conftest import ROOT
 
 
 @pytest.mark.parametrize("shape", ["llama-fp32", "gpt2", "llama-tied"])
@@ -52,6 +53,14 @@ def test_models_attacked_by_other_code(shared_models: Path, model: str, format: 
         assert not any("McDonald" in prompt.full_precision for prompt in report.prompts[:3])
     else:
         assert 0.85 < report.ratio < 1.15
+
+
+@pytest.mark.parametrize(("model", "differs"), [("clean", False), ("malicious", False), ("attacked", True)])
+def test_the_example_models(model: str, differs: bool) -> None:
+    report = diff_model(ROOT / "examples" / "models" / model, "nf4", num_draws=4, seed=1)
+    assert report.differs == differs
+    if differs:
+        assert report.words[0].word == "Zestora" and report.ratio > 2
 
 
 def test_the_command(model_folder: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

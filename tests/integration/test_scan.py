@@ -14,6 +14,7 @@ from qcbguard_plugins.grids import get_grid
 from qcbguard_plugins.lab.attacks.straight_through import quantize
 from qcbguard_plugins.report.scan_model import ScanReport
 from qcbguard_plugins.scan import layer_of, projection_of, scan_model
+from tests.conftest import ROOT
 from tests.unit.detection_models import attacked_folder, boxed_weight, clean_folder, random_weight, save_layers
 
 
@@ -101,6 +102,14 @@ def test_what_cannot_be_tested_makes_a_scan_incomplete(tmp_path: Path) -> None:
 def test_models_attacked_by_other_code(shared_models: Path, model: str, verdict: str, formats: tuple[str, ...]) -> None:
     report = scan_model(shared_models / model)
     assert report.verdict == verdict and report.likely_formats == formats
+
+
+@pytest.mark.parametrize(("model", "verdict"), [("clean", "clean"), ("malicious", "clean"), ("attacked", "attacked")])
+def test_the_example_models(model: str, verdict: str) -> None:
+    report = scan_model(ROOT / "examples" / "models" / model)
+    assert report.verdict == verdict
+    if verdict == "attacked":
+        assert report.likely_formats == ("nf4",) and report.family == "box (projected training)"
 
 
 def test_names_are_understood() -> None:
