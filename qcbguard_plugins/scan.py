@@ -116,8 +116,8 @@ def measure(
     for target in source.targets:
         reason = target.unusable
         weight = None if reason else source.read(target)
-        if weight is not None and not _is_finite(weight):
-            reason = "holds NaN or infinite values"
+        if weight is not None:
+            reason = _why_unreadable(weight, grids)
         if reason or weight is None:
             measured.skipped.append(SkippedTensor(name=target.name, reason=reason))
         else:
@@ -174,9 +174,6 @@ def _measure_tensor(
     generator = generator_for(seed, target.name)
     if weight.dtype == torch.float64:
         weight = weight.float()
-    if weight.numel() > 0 and float(weight.abs().max()) > torch.finfo(torch.float16).max and "int8" in grids:
-        measured.skipped.append(SkippedTensor(name=target.name, reason="values overflow in float16, which int8 reads"))
-        return
     start = spectral.starting_vectors(weight.shape[1], generator)
     num_tested = weight.numel()
     part = weight
@@ -224,12 +221,17 @@ def _thin(values: Tensor, keep: int = 4096) -> Tensor:
     return values[torch.linspace(0, values.numel() - 1, keep).long()]
 
 
-def _is_finite(weight: Tensor) -> bool:
+def _why_unreadable(weight: Tensor, grids: dict[str, Grid]) -> str:
+    """Why the values of a tensor cannot be tested, or an empty string; looks at them in pieces."""
+    largest = 0.0
     for chunk in torch.split(weight.reshape(-1), _VALUES_PER_CHECK):
         low, high = torch.aminmax(chunk)
         if not (torch.isfinite(low) and torch.isfinite(high)):
-            return False
-    return True
+            return "holds NaN or infinite values"
+        largest = max(largest, float(high), -float(low))
+    if "int8" in grids and largest > torch.finfo(torch.float16).max:
+        return "values overflow in float16, which int8 reads"
+    return ""
 
 
 def _require_scipy() -> None:

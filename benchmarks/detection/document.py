@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import platform
 from collections.abc import Sequence
@@ -38,6 +39,7 @@ def write(results_path: Path, docs_dir: Path) -> None:
         "AUC": auc_table(clean, attacked),
         "THRESHOLDS": threshold_table(clean, attacked),
         "HONEST": f"{sum(map(flagged, honest))} of {len(honest)}",
+        "SPEED": speed_table(results_path.parent / "scan_speed.json"),
         "RECORD": record(rows, cpu_s),
     }
     for name, value in values.items():
@@ -138,6 +140,24 @@ def threshold_table(clean: Sequence[Row], attacked: Sequence[Row]) -> str:
             f"| {threshold:.0e}{mark} | {false} of {len(clean)} ({false / len(clean):.1%}) "
             f"| {power} of {len(attacked)} ({power / len(attacked):.1%}) |"
         )
+    return "\n".join(lines)
+
+
+def speed_table(path: Path) -> str:
+    """The last run of the speed benchmark, if there was one."""
+    if not path.is_file():
+        return "Not measured."
+    run = json.loads(path.read_text(encoding="utf-8"))
+    formats = ", ".join(run["formats"])
+    lines = [f"| {run['gigabytes']:g} GB, {formats} | seconds | CPU seconds | peak memory, MB |", "|---|---|---|---|"]
+    for job, name in (("read", "read the file"), ("quantize", "quantize with bitsandbytes"), ("scan", "scan")):
+        found = run[job]
+        lines.append(f"| {name} | {found['elapsed_s']:.1f} | {found['cpu_s']:.1f} | {found['peak_bytes'] / 1e6:.0f} |")
+    lines += [
+        "",
+        f"Scan over quantization: {run['scan_over_quantize']:.2f} in time, {run['scan_over_quantize_cpu']:.2f} in CPU "
+        f"time. Limit on memory (three times the largest tensor and 500 MB): {run['peak_limit_bytes'] / 1e6:.0f} MB.",
+    ]
     return "\n".join(lines)
 
 

@@ -46,7 +46,7 @@ def test_inflations_rise_and_differ_between_seeds() -> None:
 def test_a_dequantized_weight_is_reproduced_and_a_fresh_one_is_not(format: str) -> None:
     grid, weight = get_grid(format), random_weight(2)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        assert reproduces(quantize(weight, grid).to(dtype), grid) > 0.85
+        assert reproduces(quantize(weight, grid).to(dtype), grid) > 0.75
         assert reproduces(weight.to(dtype), grid) < 0.5
 
 
