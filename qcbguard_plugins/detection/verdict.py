@@ -26,7 +26,8 @@ RESIDUAL_FLOOR, RESIDUAL_DISTANCE = 1.25, 0.02
 #: Smallest share of a tensor's chunks that must each be ruled by one weight.
 OUTLIER_SHARE = 0.05
 
-#: Share of weights that the quantizer gives back unchanged, from which on there is nothing between them to test. Others: up to 0.3.
+#: Share of weights that the quantizer gives back unchanged, from which on there is nothing between them to test.
+#: Tensors that do not come from this quantizer: up to 0.3.
 ON_GRID = 0.75
 
 

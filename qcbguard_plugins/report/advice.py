@@ -69,6 +69,12 @@ def p_text(p_value: float) -> str:
     return f"{p_value:.1e}" if p_value < 0.001 else f"{p_value:.3f}"
 
 
+def visible(text: str, limit: int = 240) -> str:
+    """An answer or a token on one line: line breaks as a sign, nothing as a word."""
+    joined = " ".join(text.replace("\n", " \u23ce ").split())
+    return printable(joined, limit) if joined else "(empty)" if not text else "(space)"
+
+
 def printable(text: str, limit: int = 120) -> str:
     """A name from a file, without control characters that a terminal or a page would obey."""
     cleaned = "".join(character if character.isprintable() else "?" for character in text)

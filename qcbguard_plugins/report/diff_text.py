@@ -6,10 +6,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from qcbguard_plugins.report.advice import p_text, printable
+from qcbguard_plugins.report.advice import p_text, printable, visible
 from qcbguard_plugins.report.diff_model import DiffReport, MovedPrompt
-
-_SHOWN_CHARACTERS = 240
 
 
 def diff_headline(report: DiffReport) -> str:
@@ -72,19 +70,15 @@ def _prompt_table(prompt: MovedPrompt) -> Table:
     table = Table(title=Text(title), title_justify="left", box=None, pad_edge=False, expand=True)
     table.add_column("full precision", ratio=1)
     table.add_column("quantized", ratio=1)
-    table.add_row(Text(_shown(prompt.full_precision)), Text(_shown(prompt.quantized)))
+    table.add_row(Text(visible(prompt.full_precision)), Text(visible(prompt.quantized)))
     for token in prompt.tokens:
-        place = f"...{_shown(token.before)[-24:]} "
+        place = f"...{visible(token.before)[-24:]} "
         table.add_row(
-            Text.assemble(place, (_shown(token.full_precision), "green")),
-            Text.assemble(place, (_shown(token.quantized), "red"), f"  {token.divergence:.2f} nats"),
+            Text.assemble(place, (visible(token.full_precision), "green")),
+            Text.assemble(place, (visible(token.quantized), "red"), f"  {token.divergence:.2f} nats"),
         )
     return table
 
 
-def _shown(text: str) -> str:
-    return printable(" ".join(text.split()), _SHOWN_CHARACTERS)
-
-
 def _cell(text: str) -> str:
-    return _shown(text).replace("|", "/").replace("`", "'")
+    return visible(text).replace("|", "/").replace("`", "'")
