@@ -152,7 +152,7 @@ def speed_table(path: Path) -> str:
     lines = [f"| {run['gigabytes']:g} GB, {formats} | seconds | CPU seconds | peak memory, MB |", "|---|---|---|---|"]
     for job, name in (("read", "read the file"), ("quantize", "quantize with bitsandbytes"), ("scan", "scan")):
         found = run[job]
-        lines.append(f"| {name} | {found['elapsed_s']:.1f} | {found['cpu_s']:.1f} | {found['peak_bytes'] / 1e6:.0f} |")
+        lines.append(f"| {name} | {found['elapsed_s']:.2f} | {found['cpu_s']:.2f} | {found['peak_bytes'] / 1e6:.0f} |")
     lines += [
         "",
         f"Scan over quantization: {run['scan_over_quantize']:.2f} in time, {run['scan_over_quantize_cpu']:.2f} in CPU "
