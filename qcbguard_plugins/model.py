@@ -16,7 +16,7 @@ from qcbguard_plugins.grids import Grid, get_grid
 from qcbguard_plugins.guard import Guard, as_guard
 from qcbguard_plugins.hessians import gather_hessians
 from qcbguard_plugins.report.model import TensorRecord
-from qcbguard_plugins.rounding import GuardedWeight, codes_digest, guard_weight
+from qcbguard_plugins.rounding import GuardedWeight, guard_weight
 
 Progress = Callable[[int], Any]
 
@@ -91,7 +91,8 @@ def record_of(
         num_moved=guarded.num_moved,
         num_frozen=guarded.num_frozen,
         relative_change=guarded.relative_change,
-        codes_sha256=codes_digest(guarded.codes),
+        num_landed=guarded.num_landed,
+        codes_sha256=guarded.digest,
     )
 
 

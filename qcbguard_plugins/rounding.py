@@ -7,9 +7,7 @@ load in another 16- or 32-bit dtype of a 4-bit grid. Scale holders keep their va
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,6 +15,11 @@ from torch import Tensor
 from qcbguard_plugins.defenses.base import Defense, Evidence, rng_for
 from qcbguard_plugins.errors import UnguardableError
 from qcbguard_plugins.grids.base import Grid, Lattice, cut_blocks
+from qcbguard_plugins.grids.ggml import GgmlGrid
+from qcbguard_plugins.guarded_weight import GuardedWeight, codes_digest
+from qcbguard_plugins.landing import guard_on_ggml
+
+__all__ = ["DTYPES", "GuardedWeight", "codes_digest", "guard_weight"]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -26,25 +29,6 @@ _WEIGHTS_PER_RUN = 1 << 17
 # A frozen weight that holds no scale belongs to a block too small for its dtype. Such blocks may carry at most this
 # share of a tensor's energy; above it a rescaled layer could hide an attack in them.
 _MAX_UNPLACED_ENERGY = 1e-6
-
-
-@dataclass(frozen=True)
-class GuardedWeight:
-    """A guarded weight and the plan for it.
-
-    Attributes:
-        weight: ``[out_features, in_features]``, dtype and device of the input; grid points, and frozen weights as they were.
-        codes: uint8 ``[out_features, in_features]``, the level that the stock quantizer shall store for each weight.
-        num_moved: Number of weights whose code differs from plain rounding.
-        num_frozen: Number of weights that keep their value.
-        relative_change: ``|W' - W| / |W|`` in the Frobenius norm.
-    """
-
-    weight: Tensor
-    codes: Tensor
-    num_moved: int
-    num_frozen: int
-    relative_change: float
 
 
 def guard_weight(
@@ -65,6 +49,8 @@ def guard_weight(
             that its dtype cannot tell the levels of the grid apart.
     """
     _check(weight, name)
+    if isinstance(grid, GgmlGrid):
+        return guard_on_ggml(weight, grid, defense, Evidence(rng_for(seed, name), hessian), name)
     shape = (weight.shape[0], weight.shape[1])
     source = cut_blocks(weight, grid.block_size_of(shape))
     read = cut_blocks(grid.read(weight), source.shape[1])
@@ -87,12 +73,15 @@ def guard_weight(
     if tally.unplaced_energy:
         # Blocks too small to be guarded keep plain rounding, of which only the exact one is what the quantizer does.
         planned = torch.where(result == weight, grid.quantize(result), planned)
-    return GuardedWeight(result, planned, tally.num_moved, tally.num_frozen, tally.relative_change())
-
-
-def codes_digest(codes: Tensor) -> str:
-    """SHA-256 of the codes of one weight, row by row, a byte each."""
-    return hashlib.sha256(codes.cpu().contiguous().numpy().data).hexdigest()
+    return GuardedWeight(
+        weight=result,
+        codes=planned,
+        num_moved=tally.num_moved,
+        num_frozen=tally.num_frozen,
+        relative_change=tally.relative_change(),
+        num_landed=weight.numel(),
+        digest=codes_digest(planned),
+    )
 
 
 def _check(weight: Tensor, name: str) -> None:

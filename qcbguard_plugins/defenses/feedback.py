@@ -69,19 +69,22 @@ class Feedback(Defense):
         grid = lattice.grid
         # Columns become contiguous rows: every step below works on one of them.
         pending = weight[:, columns].T.contiguous()
-        original = lattice.matrix(lattice.blocks)[:, columns].T
+        kept = lattice.matrix(lattice.kept)[:, columns].T
         scale = lattice.matrix(lattice.scale)[:, columns].T.contiguous()
-        inverse_scale = torch.where(scale > 0, scale.reciprocal(), torch.zeros_like(scale))
+        inverse_scale = torch.where(scale != 0, scale.reciprocal(), torch.zeros_like(scale))
+        offset = scale.new_zeros(1) if lattice.offset is None else lattice.matrix(lattice.offset)[:, columns].T
+        offset = offset.expand_as(scale).contiguous()
         frozen = lattice.matrix(lattice.frozen)[:, columns].T
         threshold = dither[:, columns].T.contiguous()
         within = factor[columns, columns]
         errors = torch.empty_like(pending)
         chosen = torch.empty_like(pending, dtype=torch.uint8)
         for i in range(pending.shape[0]):
-            coordinate = grid.coordinate(pending[i] * inverse_scale[i])
+            coordinate = grid.coordinate((pending[i] - offset[i]) * inverse_scale[i])
             lower = coordinate.floor().clamp_(max=grid.num_levels - 2)
             chosen[i] = (lower + (coordinate - lower > threshold[i])).to(torch.uint8)
-            rounded = torch.where(frozen[i], original[i], grid.level_values(chosen[i]) * scale[i])
+            points = grid.level_values(chosen[i]).mul_(scale[i]).add_(offset[i])
+            rounded = torch.where(frozen[i], kept[i], points)
             errors[i] = (pending[i] - rounded) / within[i, i]
             pending[i + 1 :] -= within[i, i + 1 :, None] * errors[i]
         codes[:, columns] = torch.where(frozen, codes[:, columns].T, chosen).T

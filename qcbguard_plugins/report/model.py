@@ -39,7 +39,10 @@ class TensorRecord(_Record):
         num_moved: Number whose code differs from plain rounding.
         num_frozen: Number that kept their value, scale holders for the most part.
         relative_change: ``|W' - W| / |W|``.
-        codes_sha256: Hash of the planned codes.
+        num_landed: Number whose code is stored as the method chose it; fewer than all only where the quantizer searches
+            for its scales, and ``None`` where that was not measured.
+        codes_sha256: Hash of the planned codes; of codes and scales for GGUF.
+        format: The format of this tensor, where it is not that of the report: a GGUF mix has several.
     """
 
     name: str
@@ -53,6 +56,8 @@ class TensorRecord(_Record):
     num_frozen: int = Field(ge=0)
     relative_change: float = Field(ge=0)
     codes_sha256: str
+    num_landed: int | None = None
+    format: str = ""
 
 
 class FileRecord(_Record):
