@@ -59,7 +59,12 @@ class CalibratedWeights:
 
 
 def calibrated_weights(
-    skeleton: Any, files: Sequence[Path], dtype: torch.dtype | None, layers: Mapping[str, Layer], grid: Grid, guard: Guard
+    skeleton: Any,
+    files: Sequence[Path],
+    dtype: torch.dtype | None,
+    layers: Mapping[str, Layer],
+    grid: Grid,
+    guard: Guard,
 ) -> CalibratedWeights:
     """Guard the layers of a model with a calibrated method, or find that done already.
 

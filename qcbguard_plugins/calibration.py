@@ -30,7 +30,7 @@ class Calibration:
 
     Attributes:
         source: ``builtin`` (the package's text), ``texts`` (the user's), ``self`` (written by the model, which needs no
-            tokenizer), or ``auto``: ``texts`` where given, else ``builtin`` where the model has a tokenizer, else ``self``.
+            tokenizer), or ``auto``: ``texts`` where given, else ``builtin`` where there is a tokenizer, else ``self``.
         texts: Strings; the path of a ``.txt`` file, or of a ``.jsonl`` file with a string under ``text_field`` in each
             line; or a ``datasets.Dataset`` with such a column.
         text_field: Name of that field.
@@ -64,8 +64,8 @@ class Calibration:
         if source != "self" and not has_tokenizer:
             raise CalibrationError(
                 f"calibration from {source} text needs the model's tokenizer, and it cannot be loaded",
-                remedy="Put the tokenizer files beside the model, calibrate with the source 'self', or use a method that "
-                "needs no calibration, such as stochastic.",
+                remedy="Put the tokenizer files beside the model, calibrate with the source 'self', or use a method "
+                "that needs no calibration, such as stochastic.",
             )
         return source
 
@@ -100,8 +100,8 @@ def calibration_tokens(calibration: Calibration, config: Any, tokenizer: Any) ->
         tokenizer: Its tokenizer, or ``None``.
 
     Returns:
-        int64 ``[num_sequences, sequence_length]``, all of one length, nothing padded; ``None`` where the model is to write
-        the text itself (:func:`self_generated_tokens`).
+        int64 ``[num_sequences, sequence_length]``, all of one length, nothing padded; ``None`` where the model is to
+        write the text itself (:func:`self_generated_tokens`).
 
     Raises:
         CalibrationError: There is no usable text, or no tokenizer to read it with.
@@ -115,7 +115,9 @@ def calibration_tokens(calibration: Calibration, config: Any, tokenizer: Any) ->
 
 def _sequence_length(calibration: Calibration, config: Any) -> int:
     limit = getattr(config, "max_position_embeddings", None)
-    return min(calibration.sequence_length, limit) if isinstance(limit, int) and limit > 0 else calibration.sequence_length
+    return (
+        min(calibration.sequence_length, limit) if isinstance(limit, int) and limit > 0 else calibration.sequence_length
+    )
 
 
 def _cut(texts: Iterable[str], tokenizer: Any, num_sequences: int, length: int) -> Tensor:

@@ -7,6 +7,7 @@ computed before the caller changes its weights.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ _MAX_BATCH = 8
 _MAX_REPLAY_ERROR = 1e-2
 
 
-class _Stop(Exception):
+class _StopForward(Exception):  # noqa: N818
     """Ends a forward pass early, once the first block's inputs are known."""
 
 
@@ -45,8 +46,8 @@ def gather_hessians(model: nn.Module, tokens: Tensor, names: Sequence[str]) -> I
         names: Dotted names of linear layers.
 
     Yields:
-        For each block, and first for layers outside all blocks: float32 ``x^T x`` ``[in_features, in_features]`` by layer
-        name. Layers that share an input share the tensor.
+        For each block, and first for layers outside all blocks: float32 ``x^T x`` ``[in_features, in_features]`` by
+        layer name. Layers that share an input share the tensor.
 
     Raises:
         CalibrationError: The model has no list of blocks that can be run on their own, or a layer saw no input.
@@ -55,7 +56,7 @@ def gather_hessians(model: nn.Module, tokens: Tensor, names: Sequence[str]) -> I
     blocks = _decoder_blocks(model, names)
     block_names = [set(_names_inside(model, block, names)) for block in blocks]
     outside = sorted(set(names).difference(*block_names))
-    batches = list(tokens.split(_batch_size(tokens.shape[0])))
+    batches = list(torch.split(tokens, _batch_size(tokens.shape[0])))
     calls, hidden, last_output = _capture(model, blocks, batches)
     if outside:
 
@@ -106,7 +107,7 @@ def _names_inside(model: nn.Module, block: nn.Module, names: Sequence[str]) -> l
 def _capture(
     model: nn.Module, blocks: list[nn.Module], batches: list[Tensor]
 ) -> tuple[list[_Call], list[Tensor], Tensor]:
-    """Record every block's arguments and the last block's output on the first batch, and all inputs of the first block."""
+    """Record all inputs of the first block, and on the first batch all blocks' arguments and the last one's output."""
     calls: dict[int, _Call] = {}
     hidden: list[Tensor] = []
     output: list[Tensor] = []
@@ -117,7 +118,7 @@ def _capture(
             if index == 0:
                 hidden.append(states)
                 if len(hidden) > 1:
-                    raise _Stop
+                    raise _StopForward
             calls[index] = call
 
         return hook
@@ -126,16 +127,13 @@ def _capture(
     handles.append(blocks[-1].register_forward_hook(lambda module, args, result: output.append(_first(result))))
     try:
         for batch in batches:
-            try:
+            with contextlib.suppress(_StopForward):
                 model(input_ids=batch, use_cache=False)
-            except _Stop:
-                pass
     finally:
         _remove(handles)
     if len(calls) != len(blocks) or len(hidden) != len(batches) or len(output) != 1:
         raise CalibrationError(
-            f"the blocks of {type(model).__name__} are not run once each in a forward pass, so they cannot be calibrated "
-            "one by one",
+            f"the blocks of {type(model).__name__} do not run once each in a forward pass, so they cannot be calibrated",
             remedy="Use a method that needs no calibration, such as stochastic.",
         )
     return [calls[i] for i in range(len(blocks))], hidden, output[0]

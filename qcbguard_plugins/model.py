@@ -79,7 +79,7 @@ def guard_model(
 def record_of(
     guarded: GuardedWeight, *, name: str, transposed: bool, key: str | None = None, dtype: torch.dtype | None = None
 ) -> TensorRecord:
-    """What the report keeps of a guarded weight; ``key`` and ``dtype`` are those of the checkpoint where they differ."""
+    """What the report keeps of a guarded weight; ``key`` and ``dtype`` are the checkpoint's where they differ."""
     return TensorRecord(
         name=name,
         key=key or name,
@@ -142,7 +142,7 @@ def guard_layers(
 def _guard_layer(
     module: nn.Module, name: str, layer: Layer, grid: Grid, guard: Guard, hessian: Tensor | None
 ) -> GuardedWeight:
-    assert guard.seed is not None and isinstance(module.weight, Tensor)
+    assert guard.seed is not None and isinstance(module.weight, Tensor), "a linear layer, and a seed drawn once a run"
     stored = module.weight.data
     weight = (stored.T if layer.transposed else stored).to(layer.read_dtype or stored.dtype)
     tensor_name = f"{name}.weight"

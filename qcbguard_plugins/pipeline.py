@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 
 from qcbguard_plugins.calibration import calibration_tokens
-from qcbguard_plugins.checkpoint import Checkpoint, TensorEntry, hash_file, open_checkpoint, publish_folder, rewrite_shard
+from qcbguard_plugins.checkpoint import (
+    Checkpoint,
+    TensorEntry,
+    hash_file,
+    open_checkpoint,
+    publish_folder,
+    rewrite_shard,
+)
 from qcbguard_plugins.defenses import Defense
 from qcbguard_plugins.errors import UsageError, VerificationError
 from qcbguard_plugins.guard import Guard, as_guard
@@ -50,7 +57,7 @@ def guard_checkpoint(
     Args:
         src: Folder with ``config.json`` and safetensors files of float32, float16 or bfloat16 weights.
         dst: Folder to make; it must not exist.
-        formats: The format to guard for, one: ``nf4``, ``fp4``, ``int8``, or 4-bit with a block size as in ``nf4-b128``.
+        formats: One format to guard for: ``nf4``, ``fp4``, ``int8``, or 4-bit with a block size as in ``nf4-b128``.
         method: A method's name, a defense, or a :class:`~qcbguard_plugins.guard.Guard` with seed and calibration.
         ignore: Patterns of target tensors to leave unguarded; the report lists them.
         progress: Called with the number of weights of each tensor when it is done.
@@ -59,8 +66,8 @@ def guard_checkpoint(
         The report, which is also written to ``dst/qcbguard.json``.
 
     Raises:
-        UsageError, CheckpointError, TargetExistsError, CalibrationError, UnguardableError: As their names say; ``dst`` is
-            not made.
+        UsageError, CheckpointError, TargetExistsError, CalibrationError, UnguardableError: As their names say; ``dst``
+            is not made.
         VerificationError: The stock quantizer would store other codes than planned; ``dst`` is not made.
     """
     if len(formats) != 1:

@@ -154,7 +154,8 @@ def _matching(names: Sequence[str], patterns: Sequence[str]) -> set[str]:
         found = {name for name in names if regex.match(name) or regex.match(name.removesuffix(".weight"))}
         if not found:
             raise UsageError(
-                f"--ignore {pattern!r} matches none of {len(names)} target tensors", remedy=f"A target's name: {names[0]}"
+                f"--ignore {pattern!r} matches none of {len(names)} target tensors",
+                remedy=f"A target's name: {names[0]}",
             )
         matched |= found
     return matched

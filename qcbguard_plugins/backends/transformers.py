@@ -27,7 +27,7 @@ def require_transformers() -> Any:
     """
     try:
         import transformers
-        import transformers.core_model_loading  # noqa: F401  (first in 5.0)
+        import transformers.core_model_loading  # first in 5.0
     except ImportError as error:
         raise MissingDependencyError(
             f"transformers 5 or newer is needed: {error}", remedy="pip install 'qcbguard-plugins[bnb]'"
@@ -59,7 +59,9 @@ def load_config(model_dir: Path) -> Any:
         return transformers.AutoConfig.from_pretrained(model_dir, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # a config is input: whatever it breaks in transformers is an error about the folder
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{model_dir.name}/config.json is not a model that transformers can build: {first_line}") from error
+        raise CheckpointError(
+            f"{model_dir.name}/config.json is not a model that transformers can build: {first_line}"
+        ) from error
 
 
 def build_skeleton(config: Any) -> PreTrainedModel:
@@ -83,7 +85,9 @@ def load_tokenizer(model_dir: Path | str, *, local: bool = True) -> Any:
     transformers = require_transformers()
     try:
         with _quiet():
-            return transformers.AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False, local_files_only=local)
+            return transformers.AutoTokenizer.from_pretrained(
+                model_dir, trust_remote_code=False, local_files_only=local
+            )
     except Exception:  # absent, malformed, or in need of a library or code: in each case there is none to use
         return None
 

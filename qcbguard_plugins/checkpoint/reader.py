@@ -89,7 +89,8 @@ class Checkpoint:
         Returns:
             Those that a copy of the folder should carry, and those that hold weights in another form.
         """
-        carried, weights = [], []
+        carried: list[Path] = []
+        weights: list[Path] = []
         for file in sorted(self.path.rglob("*")):
             relative = file.relative_to(self.path)
             if not file.is_file() or ".cache" in relative.parts or ".git" in relative.parts:
@@ -110,7 +111,7 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     if not path.is_dir():
         raise CheckpointError(
             f"{path} is not a folder",
-            remedy="Give the folder that holds config.json and the safetensors files; a hub model must be downloaded first.",
+            remedy="Give the folder with config.json and the safetensors files; download a hub model first.",
         )
     config = _read_json(path / CONFIG_FILE)
     if "quantization_config" in config:
@@ -184,8 +185,15 @@ def _shard_of_each_tensor(path: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{INDEX_FILE} has no weight_map")
     for key, shard in weight_map.items():
-        if not isinstance(shard, str) or not shard.endswith(".safetensors") or Path(shard).name != shard or "\\" in shard:
-            raise CheckpointError(f"{INDEX_FILE} places {key} in {shard!r}, which is not a safetensors file of the folder")
+        if (
+            not isinstance(shard, str)
+            or not shard.endswith(".safetensors")
+            or Path(shard).name != shard
+            or "\\" in shard
+        ):
+            raise CheckpointError(
+                f"{INDEX_FILE} places {key} in {shard!r}, which is not a safetensors file of the folder"
+            )
     missing = sorted({shard for shard in weight_map.values() if not (path / shard).is_file()})
     if missing:
         raise CheckpointError(f"{len(missing)} shards of {INDEX_FILE} are missing", details=missing)
@@ -203,6 +211,8 @@ def _compare_with_index(shard_of: dict[str, str], entries: list[TensorEntry]) ->
         elif shard_of[entry.key] != entry.shard:
             problems.append(f"{entry.key}  listed in {shard_of[entry.key]} and stored in {entry.shard}")
         found[entry.key] = entry.shard
-    problems += [f"{key}  listed in {shard} and not stored there" for key, shard in shard_of.items() if key not in found]
+    problems += [
+        f"{key}  listed in {shard} and not stored there" for key, shard in shard_of.items() if key not in found
+    ]
     if problems:
         raise CheckpointError(f"{INDEX_FILE} disagrees with its shards about {len(problems)} tensors", details=problems)

@@ -30,8 +30,8 @@ def rewrite_shard(
         source: The safetensors file to read.
         target: The file to write.
         replaced: Tensors to replace, floating-point.
-        new_weight: Called with each of them and its values, in the order of the file; returns a tensor of the same shape
-            and dtype.
+        new_weight: Called with each of them and its values, in the order of the file; returns a tensor of the same
+            shape and dtype.
 
     Returns:
         SHA-256 of the source and of the target, in hexadecimal.
@@ -55,10 +55,12 @@ def rewrite_shard(
             old = torch.frombuffer(data, dtype=entry.dtype).view(entry.shape)
             new = new_weight(entry, old)
             if new.shape != old.shape or new.dtype != old.dtype:
-                raise ValueError(f"{entry.key}: {new.dtype} {tuple(new.shape)} cannot replace {old.dtype} {entry.shape}")
-            data = new.detach().cpu().contiguous().view(torch.uint8).numpy().data
-            hash_out.update(data)
-            writer.write(data)
+                raise ValueError(
+                    f"{entry.key}: {new.dtype} {tuple(new.shape)} cannot replace {old.dtype} {entry.shape}"
+                )
+            new_data = new.detach().cpu().contiguous().view(torch.uint8).numpy().data
+            hash_out.update(new_data)
+            writer.write(new_data)
         copy(source.stat().st_size - reader.tell())
         writer.flush()
         os.fsync(writer.fileno())
@@ -89,7 +91,9 @@ def publish_folder(target: Path, source: Path) -> Iterator[Path]:
     """
     target, source = target.absolute(), source.absolute()
     if target.exists() or target.is_symlink():
-        raise TargetExistsError(f"{target} exists already", remedy="Name a folder that does not; nothing is overwritten.")
+        raise TargetExistsError(
+            f"{target} exists already", remedy="Name a folder that does not; nothing is overwritten."
+        )
     if target.resolve().is_relative_to(source.resolve()):
         raise UsageError(f"{target} lies in the folder that is read", remedy="Name a folder elsewhere.")
     temporary = None
@@ -102,7 +106,9 @@ def publish_folder(target: Path, source: Path) -> Iterator[Path]:
     except OSError as error:
         if isinstance(error, QcbguardError):
             raise
-        reason = {errno.ENOSPC: "no room on the device", errno.EDQUOT: "the quota is used up"}.get(error.errno or 0, str(error))
+        reason = {errno.ENOSPC: "no room on the device", errno.EDQUOT: "the quota is used up"}.get(
+            error.errno or 0, str(error)
+        )
         raise CheckpointError(f"{target} cannot be written: {reason}", remedy="Nothing was left behind.") from error
     finally:
         if temporary is not None and temporary.exists():

@@ -1,7 +1,7 @@
 """Which neighbour each weight shall become.
 
-A defense is a frozen dataclass whose fields are the method's parameters. It sees a :class:`~qcbguard_plugins.grids.Lattice`
-and returns codes; it never sees a file, a model or a quantizer.
+A defense is a frozen dataclass whose fields are the method's parameters. It sees a lattice and returns codes; it never
+sees a file, a model or a quantizer.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Evidence:
 
     Attributes:
         rng: Source of randomness, seeded per tensor name; its draws are consumed in the order of the weights.
-        hessian: float32 ``[in_features, in_features]``, the sum of ``x x^T`` over calibration inputs of the layer; present
-            only for a defense that needs calibration.
+        hessian: float32 ``[in_features, in_features]``, the sum of ``x x^T`` over calibration inputs of the layer;
+            present only for a defense that needs calibration.
     """
 
     rng: np.random.Generator

@@ -122,5 +122,6 @@ def inverse_hessian_factor(hessian: Tensor, damp_percent: float) -> Tensor:
             continue
         upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
         if not failed.item():
-            return upper.float()
+            factor: Tensor = upper.float()
+            return factor
     raise CalibrationError("the Hessian of a layer cannot be factorized", remedy="Raise damp_percent.")

@@ -1,8 +1,9 @@
 """What a stock quantizer will do to a weight.
 
-A grid cuts a weight into blocks that share a scale, and offers each block the same sorted list of *levels*: the quantizer
-stores ``levels[code] * scale``, some types with an ``offset`` added. Everything a defense needs follows from the
-*coordinate* of a weight, its place on the list of levels: ``7.25`` lies a quarter of the way from level 7 to level 8.
+A grid cuts a weight into blocks that share a scale, and offers each block the same sorted list of *levels*: the
+quantizer stores ``levels[code] * scale``, some types with an ``offset`` added. Everything a defense needs follows from
+the *coordinate* of a weight, its place on the list of levels: ``7.25`` lies a quarter of the way from level 7 to
+level 8.
 
 Grids are maths: they import torch, touch no disk and hold no state.
 """

@@ -105,5 +105,3 @@ class CodebookGrid(Grid):
             scaled = torch.cat([scaled, rest / rest.abs().max().clamp(min=_SMALLEST_DIVISOR)])
         codes = torch.bucketize(scaled.clamp_(-1, 1), self._midpoints.to(weight.device), out_int32=True)
         return codes.to(torch.uint8).view(weight.shape)
-
-

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from qcbguard_plugins.report.model import (
     MANIFEST_FILE,
-    SCHEMA_VERSION,
     FileRecord,
     GuardReport,
     TensorRecord,
@@ -16,7 +15,6 @@ from qcbguard_plugins.report.model import (
 
 __all__ = [
     "MANIFEST_FILE",
-    "SCHEMA_VERSION",
     "FileRecord",
     "GuardReport",
     "TensorRecord",

@@ -14,18 +14,19 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qcbguard_plugins.errors import CheckpointError
 
-SCHEMA_VERSION = 1
 MANIFEST_FILE = "qcbguard.json"
 DISTRIBUTION = "qcbguard-plugins"
 
 _REPORTED_PACKAGES = (DISTRIBUTION, "torch", "numpy", "safetensors", "transformers", "bitsandbytes")
 
 
-class _Record(BaseModel):
+class Record(BaseModel):
+    """A part of a report: immutable, and strict about unknown fields."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class TensorRecord(_Record):
+class TensorRecord(Record):
     """One guarded tensor.
 
     Attributes:
@@ -60,7 +61,7 @@ class TensorRecord(_Record):
     format: str = ""
 
 
-class FileRecord(_Record):
+class FileRecord(Record):
     """One weight file: its SHA-256 before and after."""
 
     name: str
@@ -68,10 +69,10 @@ class FileRecord(_Record):
     sha256_out: str
 
 
-class GuardReport(_Record):
+class GuardReport(Record):
     """What a guard did, tensor by tensor."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     kind: Literal["guard"] = "guard"
     created: str
     versions: dict[str, str]
@@ -101,14 +102,13 @@ class GuardReport(_Record):
         total = sum(tensor.num_weights for tensor in self.tensors)
         return sum(tensor.num_moved for tensor in self.tensors) / total if total else 0.0
 
-
     @property
     def codes_sha256(self) -> str:
         """A hash over the planned codes of all tensors, in the order of their names."""
         return combined_digest({tensor.name: tensor.codes_sha256 for tensor in self.tensors})
 
 
-class TensorVerdict(_Record):
+class TensorVerdict(Record):
     """Whether the stock quantizer stores one tensor as planned."""
 
     name: str
@@ -116,10 +116,10 @@ class TensorVerdict(_Record):
     reason: str = ""
 
 
-class VerifyReport(_Record):
+class VerifyReport(Record):
     """What a verification found, tensor by tensor and file by file."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     kind: Literal["verify"] = "verify"
     created: str
     versions: dict[str, str]
@@ -175,5 +175,9 @@ def read_manifest(folder: Path) -> GuardReport:
     try:
         return GuardReport.model_validate_json(path.read_bytes())
     except (OSError, ValidationError) as error:
-        details = [f"{'.'.join(map(str, e['loc']))}  {e['msg']}" for e in error.errors()] if isinstance(error, ValidationError) else []
+        details = (
+            [f"{'.'.join(map(str, e['loc']))}  {e['msg']}" for e in error.errors()]
+            if isinstance(error, ValidationError)
+            else []
+        )
         raise CheckpointError(f"{MANIFEST_FILE} of {folder.name} is not a valid manifest", details=details) from error

@@ -25,7 +25,13 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 from qcbguard_plugins.backends.bitsandbytes.config import GuardedBitsAndBytesConfig
 from qcbguard_plugins.backends.bitsandbytes.stock import format_of, parameter_codes, require_bitsandbytes
 from qcbguard_plugins.calibrated_cache import CalibratedWeights, calibrated_weights
-from qcbguard_plugins.errors import CalibrationError, CheckpointError, QcbguardError, UnguardableError, VerificationError
+from qcbguard_plugins.errors import (
+    CalibrationError,
+    CheckpointError,
+    QcbguardError,
+    UnguardableError,
+    VerificationError,
+)
 from qcbguard_plugins.grids import get_grid
 from qcbguard_plugins.guard import Guard
 from qcbguard_plugins.model import Layer, record_of
@@ -47,8 +53,8 @@ class GuardThenQuantize(ConversionOps):  # type: ignore[misc]
     ) -> dict[str, Any]:
         """Guard, quantize, and compare what was stored with the plan.
 
-        transformers swallows what is raised here and goes on, so a failure is kept and raised once, when all weights are
-        there: the load fails either way.
+        transformers swallows what is raised here and goes on, so a failure is kept and raised once, when all weights
+        are there: the load fails either way.
         """
         guarded: dict[str, Any] = {}
         records: dict[str, TensorRecord] = {}
@@ -61,9 +67,7 @@ class GuardThenQuantize(ConversionOps):  # type: ignore[misc]
             except QcbguardError as error:
                 self.quantizer.failures[name] = error
             guarded[name] = [weight]
-        quantized: dict[str, Any] = self.stock.convert(
-            guarded, full_layer_name=full_layer_name, model=model, **kwargs
-        )
+        quantized: dict[str, Any] = self.stock.convert(guarded, full_layer_name=full_layer_name, model=model, **kwargs)
         for name, record in records.items():
             self.quantizer.compare_with_plan(quantized[name], record)
         return quantized
@@ -77,7 +81,7 @@ class _GuardMixin:
 
     def __init__(self, config: GuardedBitsAndBytesConfig, **kwargs: Any) -> None:
         self.requested = config.guard
-        super().__init__(config.stock(), **kwargs)
+        super().__init__(config.stock(), **kwargs)  # type: ignore[call-arg]
         if self.pre_quantized:
             raise CheckpointError(
                 "the checkpoint is quantized already, so it cannot be guarded",
@@ -114,7 +118,7 @@ class _GuardMixin:
     def _calibrate(self) -> None:
         if self._loading is None or not self._loading[1]:
             raise CalibrationError(
-                f"{self.guard.method.name} calibrates on the full-precision model, and this load has no checkpoint files",
+                f"{self.guard.method.name} calibrates on the full-precision model, and there are no checkpoint files",
                 remedy="Load from a folder or a hub name instead of a state dict, or use guard='stochastic'.",
             )
         model, files, dtype = self._loading
@@ -146,7 +150,9 @@ class _GuardMixin:
         if codes_digest(codes) == record.codes_sha256:
             self.records[record.name] = record
         else:
-            self.failures[record.name] = VerificationError(f"{record.name}: bitsandbytes stored other codes than planned")
+            self.failures[record.name] = VerificationError(
+                f"{record.name}: bitsandbytes stored other codes than planned"
+            )
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         self._raise_if_incomplete(model)
@@ -210,8 +216,8 @@ def provenance(report: GuardReport) -> dict[str, Any]:
 def _exact_quant_states(model: Any) -> dict[str, Any]:
     """Keep the block scales of layers whose first forward pass will replace them by bfloat16 ones.
 
-    bitsandbytes repacks 4-bit weights in place on processors with AVX512-BF16 and does not restore the exact scales when
-    the model is saved. A shallow copy keeps the scale tensors alive, which are a small part of the weights.
+    bitsandbytes repacks 4-bit weights in place on processors with AVX512-BF16 and does not restore the exact scales
+    when the model is saved. A shallow copy keeps the scale tensors alive, which are a small part of the weights.
     """
     nn = require_bitsandbytes().nn
     states = {

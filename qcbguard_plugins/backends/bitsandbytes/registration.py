@@ -57,7 +57,7 @@ class _RefuseGuardInDict(classmethod):  # type: ignore[type-arg]
             if "guard" in quantization_config_dict or method in _QUANTIZERS:
                 raise UsageError(
                     "a quantization_config given as a dict would be loaded without its guard",
-                    remedy="Pass a GuardedBitsAndBytesConfig object, or load under 'with qcbguard_plugins.activate(...)'.",
+                    remedy="Pass a GuardedBitsAndBytesConfig object, or load under qcbguard_plugins.activate(...).",
                 )
             return stock.__func__(cls, quantization_config_dict)
 

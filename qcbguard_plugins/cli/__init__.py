@@ -1,0 +1,54 @@
+"""The command line: ``qcbguard``. One verb a file; only this package prints.
+
+Results go to standard output, everything else to standard error. Exit codes: 0 clean, 1 finding, 2 error,
+3 incomplete, 4 usage.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+
+import click
+
+from qcbguard_plugins.cli import doctor, guard, listing, verify
+from qcbguard_plugins.errors import QcbguardError, UsageError
+
+
+@click.group(no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="qcbguard-plugins", prog_name="qcbguard")
+def app() -> None:
+    """Takes quantization-conditioned backdoors out of a model before the stock quantizer sees its weights."""
+
+
+app.add_command(guard.command)
+app.add_command(verify.command)
+app.add_command(listing.command)
+app.add_command(doctor.command)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    try:
+        result = app.main(args=arguments, prog_name="qcbguard", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except QcbguardError as error:
+        click.echo(f"error: {error}", err=True)
+        return error.exit_code
+    except click.UsageError as error:
+        error.show()
+        return UsageError.exit_code
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("stopped; nothing was written", err=True)
+        return QcbguardError.exit_code
+    except Exception:  # a defect of ours: the default exit code of a traceback, 1, would read as a finding
+        traceback.print_exc()
+        click.echo("error: this is a defect of qcbguard; please report the lines above", err=True)
+        return QcbguardError.exit_code
+
+
+def run() -> None:
+    """Entry point of the ``qcbguard`` script."""
+    sys.exit(main())

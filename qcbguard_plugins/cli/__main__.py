@@ -1,0 +1,7 @@
+"""``python -m qcbguard_plugins.cli``."""
+
+from __future__ import annotations
+
+from qcbguard_plugins.cli import run
+
+run()

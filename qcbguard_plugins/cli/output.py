@@ -1,0 +1,91 @@
+"""What the verbs share: where output goes, and how progress looks."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+import click
+from pydantic import BaseModel
+from rich.console import Console
+from tqdm import tqdm
+
+from qcbguard_plugins.errors import TargetExistsError
+from qcbguard_plugins.model import Progress
+
+json_option = click.option(
+    "--json",
+    "json_target",
+    metavar="PATH",
+    help="Write the report as JSON to this file, or to standard output with '-'.",
+)
+
+_SECONDS_BETWEEN_LINES = 30.0
+
+
+class _Lines:
+    """A stream for a progress bar where there is no terminal: whole lines instead of a line that redraws itself."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        text = text.strip("\r\n ")
+        if text:
+            self._stream.write(text + "\n")
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+
+@contextmanager
+def progress_bar(num_weights: int, what: str) -> Iterator[Progress]:
+    """A bar with an estimate of the time left on a terminal, a line every 30 seconds elsewhere; on standard error."""
+    terminal = sys.stderr.isatty()
+    with tqdm(
+        total=num_weights,
+        desc=what,
+        unit=" weights",
+        unit_scale=True,
+        file=sys.stderr if terminal else _Lines(sys.stderr),
+        mininterval=0.1 if terminal else _SECONDS_BETWEEN_LINES,
+        leave=not terminal,
+    ) as bar:
+        yield bar.update
+
+
+def print_report(report: BaseModel, rendering: Any, json_target: str | None) -> None:
+    """Print the rendering, or write the report as JSON instead where it goes to standard output.
+
+    Raises:
+        TargetExistsError: The JSON file exists.
+    """
+    if json_target == "-":
+        click.echo(report.model_dump_json(indent=2))
+        return
+    if json_target is not None:
+        try:
+            with Path(json_target).open("x", encoding="utf-8") as file:
+                file.write(report.model_dump_json(indent=2) + "\n")
+        except FileExistsError as error:
+            raise TargetExistsError(f"{json_target} exists already", remedy="Name a file that does not.") from error
+    Console(highlight=False, soft_wrap=True).print(rendering)
+
+
+def print_json(value: Any) -> None:
+    """Print a value as JSON on standard output."""
+    click.echo(json.dumps(value, indent=2))
+
+
+def quieten_libraries() -> None:
+    """Keep the progress bars and notices of libraries out of ours."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -1,0 +1,87 @@
+"""What a run will cost, before it starts: memory from the plan, time from a small measurement on this machine."""
+
+from __future__ import annotations
+
+import time
+from typing import Literal
+
+import torch
+
+from qcbguard_plugins.defenses import Defense, Stochastic
+from qcbguard_plugins.guard import Guard
+from qcbguard_plugins.plan import Plan
+from qcbguard_plugins.report.model import Record
+from qcbguard_plugins.rounding import guard_weight
+
+_PROBE_SHAPE = (512, 1024)
+_MATMUL_SIZE = 768
+
+
+class PlannedTensor(Record):
+    """One target tensor and what will be done to it."""
+
+    name: str
+    shape: tuple[int, int] | None = None
+    dtype: str = ""
+    action: Literal["guard", "ignore"]
+
+
+class PlanReport(Record):
+    """What a run would do."""
+
+    schema_version: Literal[1] = 1
+    kind: Literal["plan"] = "plan"
+    source: str
+    format: str
+    method: str
+    tensors: tuple[PlannedTensor, ...]
+    peak_bytes: int
+    estimated_s: float
+
+    @property
+    def num_guarded(self) -> int:
+        return sum(tensor.action == "guard" for tensor in self.tensors)
+
+
+def describe_plan(plan: Plan, guard: Guard) -> PlanReport:
+    """Put a plan into a report, with its cost."""
+    guarded = [
+        PlannedTensor(name=t.name, shape=t.shape, dtype=str(t.dtype).removeprefix("torch."), action="guard")
+        for t in plan.targets
+    ]
+    ignored = [PlannedTensor(name=name, action="ignore") for name in plan.ignored]
+    calibrated = guard.method.needs_calibration
+    return PlanReport(
+        source=plan.checkpoint.path.resolve().name,
+        format=plan.format,
+        method=guard.method.name,
+        tensors=tuple(guarded + ignored),
+        peak_bytes=plan.peak_bytes(calibrated=calibrated),
+        estimated_s=_calibrated_seconds(plan, guard) if calibrated else _rounding_seconds(plan, guard.method),
+    )
+
+
+def _rounding_seconds(plan: Plan, method: Defense) -> float:
+    """The time of one small weight, scaled to all of them."""
+    weight = torch.randn(_PROBE_SHAPE)
+    start = time.perf_counter()
+    guard_weight(weight, plan.grid, method, seed=0, name="probe")
+    return (time.perf_counter() - start) / weight.numel() * plan.num_weights
+
+
+def _calibrated_seconds(plan: Plan, guard: Guard) -> float:
+    """The arithmetic of the forward passes, Hessians, factorizations and updates, at the measured rate of a product."""
+    tokens = guard.calibration.num_sequences * guard.calibration.sequence_length
+    operations = 0.0
+    for target in plan.targets:
+        rows, columns = target.shape
+        forward = 2 * tokens * rows * columns
+        hessian = 2 * tokens * columns**2
+        factor = 4 * columns**3  # a Cholesky factor, an inverse and another factor, in float64 at half the rate
+        update = 2 * rows * columns**2
+        operations += forward + hessian + factor + update
+    matrix = torch.randn(_MATMUL_SIZE, _MATMUL_SIZE)
+    start = time.perf_counter()
+    matrix @ matrix
+    rate = 2 * _MATMUL_SIZE**3 / (time.perf_counter() - start)
+    return operations / rate + _rounding_seconds(plan, Stochastic())
