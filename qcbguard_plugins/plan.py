@@ -112,7 +112,7 @@ def make_plan(source: Path | str, format: str, *, ignore: Sequence[str] = ()) ->
     if not layers:
         raise UnguardableError(f"{checkpoint.path.name} has no layer that {format} quantizes")
     names = [f"{layer}.weight" for layer in layers]
-    ignored = _matching(names, ignore)
+    ignored = matching(names, ignore)
     targets, problems = [], []
     for layer, transposed in layers.items():
         name = f"{layer}.weight"
@@ -144,7 +144,12 @@ def _coarser(stored: torch.dtype, configured: torch.dtype | None) -> torch.dtype
     return stored
 
 
-def _matching(names: Sequence[str], patterns: Sequence[str]) -> set[str]:
+def matching(names: Sequence[str], patterns: Sequence[str]) -> set[str]:
+    """The target names that the user's patterns match.
+
+    Raises:
+        UsageError: A pattern is malformed or matches nothing.
+    """
     matched: set[str] = set()
     for pattern in patterns:
         try:

@@ -104,11 +104,11 @@ def load_library(path: Path | None = None) -> GgmlLibrary:
                 remedy="Name the libggml-base of a llama.cpp build.",
             )
         digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-        return GgmlLibrary(path, f"{path.name} sha256:{digest}", handle)
+        return GgmlLibrary(path, f"{path.name} sha256:{digest}{_ggml_version(handle)}", handle)
     for candidate, version in _installed():
         handle = _open(candidate)
         if handle is not None:
-            return GgmlLibrary(candidate, version, handle)
+            return GgmlLibrary(candidate, version + _ggml_version(handle), handle)
     raise MissingDependencyError(
         "no ggml library was found, so the K-quants and IQ types cannot be guarded",
         remedy="pip install 'qcbguard-plugins[gguf]', or name the libggml-base of a llama.cpp build with --ggml-library. "
@@ -125,6 +125,16 @@ def _installed() -> Iterator[tuple[Path, str]]:
             for pattern in patterns:
                 for file in sorted(Path(folder).glob(pattern)):
                     yield file, f"{distribution} {metadata.version(distribution)}"
+
+
+def _ggml_version(handle: ctypes.CDLL) -> str:
+    """What the library calls itself; not every build says so."""
+    try:
+        handle.ggml_version.restype = ctypes.c_char_p
+        version = handle.ggml_version()
+    except AttributeError:
+        return ""
+    return f", ggml {version.decode()}" if version else ""
 
 
 def _open(path: Path) -> ctypes.CDLL | None:
