@@ -54,7 +54,7 @@ def command(
         if calibration in ("auto", "builtin", "self")
         else Calibration(texts=calibration)
     )
-    guard = Guard(get_defense(method, **_parse(parameters)), seed=seed, calibration=source)
+    guard = Guard(get_defense(method, **parse_parameters(parameters)), seed=seed, calibration=source)
     if out is None and not dry_run:
         raise UsageError("--out is missing", remedy="Name the folder to make, or use --dry-run.")
     quieten_libraries()
@@ -69,7 +69,7 @@ def command(
     return UnguardableError.exit_code if result.unguarded else 0
 
 
-def _parse(parameters: tuple[str, ...]) -> dict[str, Any]:
+def parse_parameters(parameters: tuple[str, ...]) -> dict[str, Any]:
     """``name=value`` pairs, the values as JSON."""
     parsed = {}
     for parameter in parameters:
