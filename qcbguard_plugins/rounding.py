@@ -7,7 +7,8 @@ load in another 16- or 32-bit dtype of a 4-bit grid. Scale holders keep their va
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import astuple, dataclass
 
 import torch
 from torch import Tensor
@@ -23,8 +24,11 @@ __all__ = ["DTYPES", "GuardedWeight", "codes_digest", "guard_weight"]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-# Blocks are worked on in runs of about this many weights, which stay in a processor's cache.
-_WEIGHTS_PER_RUN = 1 << 17
+# A segment of a weight has random draws of its own, so the result does not depend on who works on it, and when.
+_WEIGHTS_PER_SEGMENT = 1 << 20
+
+# On a processor it is worked on in runs that stay in the cache, and just below the size that torch splits over threads.
+_WEIGHTS_PER_RUN = (1 << 15) - 1
 
 # A frozen weight that holds no scale belongs to a block too small for its dtype. Such blocks may carry at most this
 # share of a tensor's energy; above it a rescaled layer could hide an attack in them.
@@ -51,36 +55,27 @@ def guard_weight(
     _check(weight, name)
     if isinstance(grid, GgmlGrid):
         return guard_on_ggml(weight, grid, defense, Evidence(rng_for(seed, name), hessian), name)
-    shape = (weight.shape[0], weight.shape[1])
-    source = cut_blocks(weight, grid.block_size_of(shape))
-    read = cut_blocks(grid.read(weight), source.shape[1])
-    evidence = Evidence(rng_for(seed, name), hessian)
-    guarded = torch.empty_like(source)
-    codes = torch.empty_like(source, dtype=torch.uint8)
-    tally = _Tally()
-    for run in _runs(read, whole=defense.needs_calibration):
-        lattice = grid.lattice(read[run], shape, weight.dtype)
-        if not torch.isfinite(lattice.scale).all():
-            raise UnguardableError(f"{name} cannot be guarded: it holds NaN or infinity as {grid.name} reads it")
-        codes[run] = torch.where(lattice.frozen, lattice.nearest, defense.choose(lattice, evidence))
-        points = lattice.dequantize(codes[run])
-        guarded[run] = torch.where(lattice.frozen, source[run], points.to(weight.dtype))
-        num_weights = min(weight.numel() - run.start * source.shape[1], source[run].numel())
-        tally.add(lattice, source[run], guarded[run], codes[run], num_weights)
+    job = _Job(weight, grid, defense, seed, name, hessian)
+    segments = job.segments()
+    workers = torch.get_num_threads() if weight.device.type == "cpu" else 1
+    if workers > 1 and len(segments) > 1:
+        # Threads over segments, each too small for torch to split: dozens of parallel regions a run would cost more.
+        with ThreadPoolExecutor(workers) as pool:
+            tallies = list(pool.map(job.round_segment, segments))
+    else:
+        tallies = [job.round_segment(segment) for segment in segments]
+    tally = sum(tallies, _Tally())
     tally.check(grid, weight.dtype, name)
-    result = guarded.view(-1)[: weight.numel()].view(shape)
-    planned = codes.view(-1)[: weight.numel()].view(shape)
-    if tally.unplaced_energy:
-        # Blocks too small to be guarded keep plain rounding, of which only the exact one is what the quantizer does.
-        planned = torch.where(result == weight, grid.quantize(result), planned)
+    shape, numel = weight.shape, weight.numel()
+    codes = job.codes.view(-1)[:numel].view(shape)
     return GuardedWeight(
-        weight=result,
-        codes=planned,
+        weight=job.guarded.view(-1)[:numel].view(shape),
+        codes=codes,
         num_moved=tally.num_moved,
         num_frozen=tally.num_frozen,
         relative_change=tally.relative_change(),
-        num_landed=weight.numel(),
-        digest=codes_digest(planned),
+        num_landed=numel,
+        digest=codes_digest(codes),
     )
 
 
@@ -95,33 +90,60 @@ def _check(weight: Tensor, name: str) -> None:
         )
 
 
-def _runs(blocks: Tensor, *, whole: bool) -> Iterator[slice]:
-    """Slices of consecutive blocks; a method that needs calibration gets all of them at once."""
-    step = blocks.shape[0] if whole else max(1, _WEIGHTS_PER_RUN // blocks.shape[1])
-    return (slice(start, start + step) for start in range(0, blocks.shape[0], step))
+class _Job:
+    """One weight on its way through a defense, in segments that any worker may take."""
+
+    def __init__(
+        self, weight: Tensor, grid: Grid, defense: Defense, seed: int, name: str, hessian: Tensor | None
+    ) -> None:
+        self.grid, self.defense, self.seed, self.name, self.hessian = grid, defense, seed, name, hessian
+        self.shape = (weight.shape[0], weight.shape[1])
+        self.numel = weight.numel()
+        self.source = cut_blocks(weight, grid.block_size_of(self.shape))
+        self.guarded = torch.empty_like(self.source)
+        self.codes = torch.empty_like(self.source, dtype=torch.uint8)
+
+    def segments(self) -> list[slice]:
+        """Runs of blocks with random draws of their own; a method that needs calibration gets all blocks at once."""
+        whole = self.defense.needs_calibration
+        return self._slices(0, self.source.shape[0], self.source.numel() if whole else _WEIGHTS_PER_SEGMENT)
+
+    def round_segment(self, segment: slice) -> _Tally:
+        """Round one segment into ``guarded`` and ``codes``."""
+        evidence = Evidence(rng_for(self.seed, f"{self.name}:{segment.start}"), self.hessian)
+        cached = self.source.device.type == "cpu" and not self.defense.needs_calibration
+        size = _WEIGHTS_PER_RUN if cached else self.source.numel()
+        return sum((self._round(run, evidence) for run in self._slices(segment.start, segment.stop, size)), _Tally())
+
+    def _round(self, run: slice, evidence: Evidence) -> _Tally:
+        source = self.source[run]
+        lattice = self.grid.lattice(self.grid.read(source), self.shape, source.dtype)
+        if not torch.isfinite(lattice.scale).all():
+            raise UnguardableError(
+                f"{self.name} cannot be guarded: it holds NaN or infinity as {self.grid.name} reads it"
+            )
+        codes = torch.where(lattice.frozen, lattice.nearest, self.defense.choose(lattice, evidence))
+        guarded = torch.where(lattice.frozen, source, lattice.dequantize(codes).to(source.dtype))
+        self.codes[run], self.guarded[run] = codes, guarded
+        return _tally(lattice, source, guarded, codes, self.numel - run.start * source.shape[1])
+
+    def _slices(self, start: int, stop: int, num_weights: int) -> list[slice]:
+        step = max(1, num_weights // self.source.shape[1])
+        return [slice(first, min(first + step, stop)) for first in range(start, stop, step)]
 
 
+@dataclass(frozen=True)
 class _Tally:
-    """Sums over the runs of one weight."""
+    """Sums over a part of one weight."""
 
-    def __init__(self) -> None:
-        self.num_moved = 0
-        self.num_frozen = 0
-        self.energy = 0.0
-        self.change = 0.0
-        self.unplaced_energy = 0.0
+    num_moved: int = 0
+    num_frozen: int = 0
+    energy: float = 0.0
+    change: float = 0.0
+    unplaced_energy: float = 0.0
 
-    def add(self, lattice: Lattice, source: Tensor, guarded: Tensor, codes: Tensor, num_weights: int) -> None:
-        # What fills up a short last block is no weight and is not counted.
-        self.num_moved += int((codes != lattice.nearest).view(-1)[:num_weights].sum())
-        self.num_frozen += int(lattice.frozen.view(-1)[:num_weights].sum())
-        self.energy += float(lattice.blocks.square().sum())
-        self.change += float((guarded.float() - source.float()).square_().sum())
-        all_frozen = lattice.frozen.all(dim=1)
-        if all_frozen.any():
-            inner = lattice.blocks[all_frozen]
-            holders = inner.abs() == inner.abs().amax(dim=1, keepdim=True)
-            self.unplaced_energy += float(inner[~holders].square().sum())
+    def __add__(self, other: _Tally) -> _Tally:
+        return _Tally(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
 
     def relative_change(self) -> float:
         return float((self.change / self.energy) ** 0.5) if self.energy else 0.0
@@ -133,3 +155,20 @@ class _Tally:
                 f"small that {str(dtype).removeprefix('torch.')} cannot hold the levels of {grid.name}",
                 remedy="Store the checkpoint in float32, or leave the tensor out with --ignore.",
             )
+
+
+def _tally(lattice: Lattice, source: Tensor, guarded: Tensor, codes: Tensor, num_weights: int) -> _Tally:
+    """Count over one run; of a short last block only the weights and not what fills it up."""
+    unplaced = 0.0
+    all_frozen = lattice.frozen.all(dim=1)
+    if all_frozen.any():
+        inner = lattice.blocks[all_frozen]
+        holders = inner.abs() == inner.abs().amax(dim=1, keepdim=True)
+        unplaced = float(inner[~holders].square().sum())
+    return _Tally(
+        num_moved=int((codes != lattice.nearest).view(-1)[:num_weights].sum()),
+        num_frozen=int(lattice.frozen.view(-1)[:num_weights].sum()),
+        energy=float(lattice.blocks.square().sum()),
+        change=float((guarded.float() - source.float()).square_().sum()),
+        unplaced_energy=unplaced,
+    )

@@ -43,12 +43,12 @@ class FlipGuard(Defense):
         lower = lattice.lower.int()
         width = (levels[1:] - levels[:-1])[lower]
         position = lattice.position
-        upper_is_nearer = position > 0.5
-        error = torch.where(upper_is_nearer, 1 - position, position).mul_(width).masked_fill_(lattice.frozen, -1.0)
+        upper_is_nearest = lattice.upper_is_nearest
+        error = torch.where(upper_is_nearest, 1 - position, position).mul_(width).masked_fill_(lattice.frozen, -1.0)
         count = round(share * error.shape[1])
-        flip = torch.zeros_like(upper_is_nearer)
+        flip = torch.zeros_like(upper_is_nearest)
         flip.scatter_(1, error.topk(count, dim=1).indices, True)
-        return round_up_where(lattice, upper_is_nearer ^ flip)
+        return round_up_where(lattice, upper_is_nearest ^ flip)
 
 
 def _paper_share(grid: Grid) -> float:

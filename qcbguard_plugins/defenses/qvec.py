@@ -29,5 +29,5 @@ class QVec(Defense):
 
     def choose(self, lattice: Lattice, evidence: Evidence) -> Tensor:
         position = lattice.position
-        stepped = position + self.strength * (position - (position > 0.5).float())
+        stepped = position + self.strength * (position - lattice.upper_is_nearest.float())
         return round_up_where(lattice, stepped > 0.5)

@@ -12,9 +12,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
+
+# Coordinates are float32 numbers up to 254, so they are off by at most half of this.
+_TIE_MARGIN = 1e-4
 
 
 @dataclass(frozen=True)
@@ -58,15 +62,23 @@ class Lattice:
         """float32 ``[num_blocks, block_size]`` in [0, 1]: 0 at the lower neighbour, 1 at the upper one."""
         return self.coordinate - self.lower
 
-    @property
+    @cached_property
     def nearest(self) -> Tensor:
-        """uint8 ``[num_blocks, block_size]``, the code that plain rounding takes; a tie goes down, as in bitsandbytes.
-
-        Exact but for weights within one float32 rounding of a midpoint; :meth:`Grid.quantize` is exact everywhere.
-        """
+        """uint8 ``[num_blocks, block_size]``, the code that the stock quantizer takes, ties included."""
         if self.stock_codes is not None:
             return self.stock_codes
-        return (self.coordinate - 0.5).ceil_().to(torch.uint8)
+        codes = (self.coordinate - 0.5).ceil_().to(torch.uint8)
+        # The coordinate is rounded itself: beside a midpoint only the quantizer's own arithmetic tells.
+        doubtful = (self.coordinate - codes).abs_() > 0.5 - _TIE_MARGIN
+        rows, columns = doubtful.nonzero(as_tuple=True)
+        if rows.numel():
+            codes[rows, columns] = self.grid.resolve_ties(self.blocks[rows], columns)
+        return codes
+
+    @property
+    def upper_is_nearest(self) -> Tensor:
+        """Bool ``[num_blocks, block_size]``, true where plain rounding goes up."""
+        return self.nearest > self.lower
 
     @property
     def kept(self) -> Tensor:
@@ -152,6 +164,18 @@ class Grid(ABC):
 
         Bit-faithful to the quantizer, ties included.
         """
+
+    def resolve_ties(self, blocks: Tensor, columns: Tensor) -> Tensor:
+        """The stock quantizer's codes of single weights, for a grid whose lattices come without ``stock_codes``.
+
+        Args:
+            blocks: float32 ``[n, block_size]``, the block of each weight.
+            columns: int64 ``[n]``, the place of the weight in its block.
+
+        Returns:
+            uint8 ``[n]``.
+        """
+        raise NotImplementedError(f"lattices of {self.name} carry stock_codes")
 
     def level_values(self, codes: Tensor) -> Tensor:
         """``levels[codes]`` as a new float32 tensor in the shape of ``codes``."""

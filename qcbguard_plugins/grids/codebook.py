@@ -93,6 +93,11 @@ class CodebookGrid(Grid):
     def coordinate(self, scaled: Tensor) -> Tensor:
         return ramp_coordinate(scaled, self._segments)
 
+    def resolve_ties(self, blocks: Tensor, columns: Tensor) -> Tensor:
+        scaled = blocks * blocks.abs().amax(dim=1, keepdim=True).clamp(min=_SMALLEST_DIVISOR).reciprocal()
+        single = scaled.gather(1, columns[:, None])[:, 0].clamp_(-1, 1)
+        return torch.bucketize(single, self._midpoints.to(blocks.device), out_int32=True).to(torch.uint8)
+
     def quantize(self, weight: Tensor) -> Tensor:
         values = weight.reshape(-1).float()
         num_full = values.numel() - values.numel() % self.block_size

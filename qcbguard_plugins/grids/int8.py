@@ -45,6 +45,10 @@ class Int8Grid(Grid):
     def coordinate(self, scaled: Tensor) -> Tensor:
         return (scaled + _MAX_CODE).clamp_(0, 2 * _MAX_CODE)
 
+    def resolve_ties(self, blocks: Tensor, columns: Tensor) -> Tensor:
+        scaled = blocks * (_MAX_CODE / blocks.abs().amax(dim=1, keepdim=True))
+        return (scaled.gather(1, columns[:, None])[:, 0].round() + _MAX_CODE).to(torch.uint8)
+
     def quantize(self, weight: Tensor) -> Tensor:
         half = weight.half()
         absmax = half.abs().amax(dim=1, keepdim=True).float()

@@ -1,0 +1,222 @@
+"""What each method is for."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from qcbguard_plugins.defenses import (
+    Defense,
+    Evidence,
+    Feedback,
+    FlipGuard,
+    Noise,
+    QVec,
+    Stochastic,
+    get_defense,
+    register_defense,
+    rng_for,
+)
+from qcbguard_plugins.defenses.feedback import inverse_hessian_factor
+from qcbguard_plugins.errors import CalibrationError, UsageError
+from qcbguard_plugins.grids import Lattice, get_grid
+
+SHAPE = (96, 128)
+
+
+def lattice_of(name: str = "nf4", seed: int = 0) -> Lattice:
+    generator = torch.Generator().manual_seed(seed)
+    return get_grid(name).lattice_of(torch.randn(SHAPE, generator=generator))
+
+
+def evidence(hessian: Tensor | None = None) -> Evidence:
+    return Evidence(rng_for(0, "w"), hessian)
+
+
+def inputs(rows: int = 400) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    mixing = torch.randn(SHAPE[1], SHAPE[1], generator=generator) / SHAPE[1] ** 0.5
+    return torch.randn(rows, SHAPE[1], generator=generator) @ mixing
+
+
+def output_error(lattice: Lattice, codes: Tensor) -> float:
+    points = torch.where(lattice.frozen, lattice.blocks, lattice.dequantize(codes))
+    return float((inputs() @ lattice.matrix(points - lattice.blocks).T).norm())
+
+
+@pytest.mark.parametrize("name", ["nf4", "fp4", "int8"])
+def test_stochastic_rounding_is_unbiased(name: str) -> None:
+    """Over many seeds the mean stored weight is the weight, to within its standard error."""
+    lattice = lattice_of(name)
+    num_seeds = 400
+    total = torch.zeros_like(lattice.blocks)
+    for seed in range(num_seeds):
+        total += lattice.dequantize(Stochastic().choose(lattice, Evidence(rng_for(seed, "w"))))
+    step = lattice.dequantize(lattice.lower + 1) - lattice.dequantize(lattice.lower)
+    standard_error = step * (lattice.position * (1 - lattice.position) / num_seeds).sqrt()
+    z = ((total / num_seeds - lattice.blocks) / standard_error.clamp(min=1e-9))[~lattice.frozen]
+    z = z[z.abs() < 50]  # positions within float32 rounding of a level have no spread to speak of
+    assert abs(float(z.mean())) < 0.05
+    assert 0.9 < float(z.std()) < 1.1
+
+
+@pytest.mark.parametrize("name", ["nf4", "fp4", "int8"])
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
+def test_flipguard_flips_the_largest_errors_of_each_block(name: str, share: float) -> None:
+    lattice = lattice_of(name)
+    codes = FlipGuard(share).choose(lattice, evidence())
+    flipped = codes != lattice.nearest
+    free = ~lattice.frozen
+    error = (lattice.dequantize(lattice.nearest) - lattice.blocks).abs() / lattice.scale
+    for block in range(lattice.blocks.shape[0]):
+        inside = flipped[block] & free[block]
+        kept = ~flipped[block] & free[block]
+        assert int(inside.sum()) == min(round(share * flipped.shape[1]), int(free[block].sum()))
+        if inside.any() and kept.any():
+            assert error[block][inside].min() >= error[block][kept].max() - 1e-5
+
+
+def test_flipguard_takes_the_bracketing_neighbour() -> None:
+    """FP4 has a narrow cell beside a wide one: the second nearest level is not the other end of the weight's cell."""
+    weight = torch.zeros(1, 64)
+    weight[0, :2] = torch.tensor([1.0, 0.089])  # in the cell [0.0052, 0.1667], nearer to 0.1667; then comes 0.0052
+    lattice = get_grid("fp4").lattice_of(weight)
+    codes = FlipGuard(1 / 64).choose(lattice, evidence())
+    assert lattice.dequantize(codes)[0, 1] == pytest.approx(0.0052083, abs=1e-6)
+
+
+def test_qvec_flips_where_the_stepped_weight_rounds_otherwise() -> None:
+    lattice = lattice_of()
+    strength = 0.25
+    nearest = lattice.dequantize(lattice.nearest)
+    stepped = lattice.blocks - strength * (nearest - lattice.blocks)
+    expected = (lattice.grid.coordinate(stepped / lattice.scale) - 0.5).ceil().to(torch.uint8)
+    free = ~lattice.frozen
+    assert torch.equal(QVec(strength).choose(lattice, evidence())[free], expected[free])
+
+
+def test_noise_moves_more_the_more_of_it_there_is() -> None:
+    lattice = lattice_of()
+    moved = [
+        float((Noise(sigma).choose(lattice, evidence()) != lattice.nearest).float().mean()) for sigma in (0.0, 0.1, 0.3)
+    ]
+    assert moved[0] == 0
+    assert 0.05 < moved[1] < moved[2] < 0.4
+
+
+def test_feedback_without_dither_on_white_inputs_is_plain_rounding() -> None:
+    lattice = lattice_of()
+    codes = Feedback(width=0.0).choose(lattice, evidence(torch.eye(SHAPE[1])))
+    assert torch.equal(codes[~lattice.frozen], lattice.nearest[~lattice.frozen])
+
+
+@pytest.mark.parametrize("name", ["nf4", "fp4", "int8"])
+def test_feedback_keeps_the_layers_output(name: str) -> None:
+    """With the same unbiased dither, feedback changes the layer's output less than independent rounding does."""
+    lattice = lattice_of(name)
+    hessian = inputs().T @ inputs()
+    alone = output_error(lattice, Stochastic().choose(lattice, evidence()))
+    plain = output_error(lattice, lattice.nearest)
+    dithered = output_error(lattice, Feedback().choose(lattice, evidence(hessian)))
+    undithered = output_error(lattice, Feedback(width=0.0).choose(lattice, evidence(hessian)))
+    assert dithered < 0.8 * alone
+    assert undithered < 0.8 * plain
+    assert undithered < dithered
+
+
+def test_feedback_equals_the_textbook_recursion() -> None:
+    """Batches of columns are bookkeeping: the result is that of one column at a time with the whole inverse."""
+    lattice = lattice_of("nf4")
+    hessian = inputs().T @ inputs()
+    codes = lattice.matrix(Feedback(width=0.0).choose(lattice, evidence(hessian)))
+    damped = hessian.double() + 0.01 * hessian.diagonal().mean() * torch.eye(SHAPE[1])
+    weight = lattice.matrix(lattice.blocks).double().clone()
+    original = weight.clone()
+    scale = lattice.matrix(lattice.scale).double()
+    frozen = lattice.matrix(lattice.frozen)
+    agree = 0
+    for j in range(SHAPE[1]):
+        inverse = torch.linalg.inv(damped[j:, j:])
+        coordinate = lattice.grid.coordinate((weight[:, j] / scale[:, j]).float())
+        level = (coordinate - 0.5).ceil().to(torch.uint8)
+        agree += int((level == codes[:, j]).sum() + (frozen[:, j] & (level != codes[:, j])).sum())
+        rounded = torch.where(frozen[:, j], original[:, j], lattice.grid.level_values(level).double() * scale[:, j])
+        error = (weight[:, j] - rounded) / inverse[0, 0]
+        weight[:, j:] -= error[:, None] * inverse[0]
+    assert agree / codes.numel() > 0.999
+
+
+def test_feedback_without_inputs_is_an_error() -> None:
+    with pytest.raises(CalibrationError, match="needs the inputs"):
+        Feedback().choose(lattice_of(), evidence())
+
+
+def test_a_singular_hessian_is_damped() -> None:
+    few = inputs(4)
+    factor = inverse_hessian_factor(few.T @ few, 0.01)
+    assert torch.isfinite(factor).all()
+    assert torch.equal(factor, factor.triu())
+
+
+@pytest.mark.parametrize(
+    ("hessian", "reason"),
+    [
+        (torch.zeros(8, 8), "no calibration input"),
+        (torch.full((8, 8), float("nan")), "NaN or infinity"),
+        (-torch.eye(8) + 2 * torch.ones(8, 8), "cannot be factorized"),
+    ],
+)
+def test_a_hessian_that_is_none_is_refused(hessian: Tensor, reason: str) -> None:
+    with pytest.raises(CalibrationError, match=reason):
+        inverse_hessian_factor(hessian, 1e-4)
+
+
+def test_draws_depend_on_seed_and_name_alone() -> None:
+    def draw(seed: int, name: str) -> np.ndarray:
+        return rng_for(seed, name).random(4)
+
+    assert np.array_equal(draw(1, "a"), draw(1, "a"))
+    assert not np.array_equal(draw(1, "a"), draw(2, "a"))
+    assert not np.array_equal(draw(1, "a"), draw(1, "b"))
+
+
+def test_draws_are_the_same_in_one_piece_and_in_two() -> None:
+    whole = evidence().uniform(torch.empty(10))
+    pieces = evidence()
+    assert torch.equal(whole, torch.cat([pieces.uniform(torch.empty(3)), pieces.uniform(torch.empty(7))]))
+
+
+def test_a_name_is_registered_once() -> None:
+    with pytest.raises(ValueError, match="registered already"):
+        register_defense("feedback", "another")(Stochastic)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "reason"),
+    [
+        ("feedbck", {}, "unknown method"),
+        ("feedback", {"widht": 0.1}, "no parameter widht"),
+        ("feedback", {"width": 0.6}, "between 0 and 0.5"),
+        ("feedback", {"width": float("nan")}, "between 0 and 0.5"),
+        ("feedback", {"damp_percent": 0}, "damp_percent"),
+        ("flipguard", {"share": -0.1}, "share"),
+        ("qvec", {"strength": "a"}, "strength"),
+        ("noise", {"sigma": 3}, "sigma"),
+    ],
+)
+def test_a_wrong_name_or_parameter_is_refused(name: str, parameters: dict[str, object], reason: str) -> None:
+    with pytest.raises(UsageError, match=reason):
+        get_defense(name, **parameters)
+
+
+@pytest.mark.parametrize("defense", [Feedback(), FlipGuard(), FlipGuard(0.2), QVec(), Noise(), Stochastic()])
+def test_a_defense_is_plain_data(defense: Defense) -> None:
+    described = json.loads(json.dumps(defense.parameters()))
+    assert get_defense(defense.name, **described) == defense
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        defense.width = 0.1  # type: ignore[attr-defined]
