@@ -2,47 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from qcbguard_plugins.cli.guard import parse_parameters
+from qcbguard_plugins.cli.options import gguf_options, parse_parameters, read_gguf_options
 from qcbguard_plugins.cli.output import json_option, print_report, progress_bar
 from qcbguard_plugins.errors import UnguardableError
-
-_OPTIONS = (
-    click.option(
-        "--llama-quantize",
-        "quantize_path",
-        type=click.Path(path_type=Path),
-        help="The binary, asked for the type of every tensor; the one on the PATH by default.",
-    ),
-    click.option("--quantize-args", default="", help="Flags that you will give llama-quantize, in one string."),
-    click.option("--imatrix", "imatrix_path", type=click.Path(path_type=Path), help="Importance matrix, a GGUF file."),
-    click.option(
-        "--ggml-library",
-        "library_path",
-        type=click.Path(path_type=Path),
-        help="libggml-base of a llama.cpp build; that of an installed package by default.",
-    ),
-    click.option(
-        "--min-landed",
-        type=float,
-        default=0.98,
-        show_default=True,
-        help="Share of a tensor's codes that must be stored as chosen.",
-    ),
-)
-
-
-def gguf_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of every verb that guards for llama.cpp."""
-    for option in reversed(_OPTIONS):
-        command = option(command)
-    return command
-
 
 @click.command("gguf")
 @click.argument("source", type=click.Path(path_type=Path))
@@ -80,12 +47,3 @@ def command(
         report = guard_gguf(source, out, recipe, guard, options=options, ignore=ignore, progress=progress)
     print_report(report, render_guard(report), json_target)
     return UnguardableError.exit_code if report.unguarded else 0
-
-
-def read_gguf_options(values: dict[str, Any]) -> Any:
-    """The options that :func:`gguf_options` adds, checked."""
-    import shlex
-
-    from qcbguard_plugins.backends.gguf.options import GgufOptions
-
-    return GgufOptions(**(values | {"quantize_args": tuple(shlex.split(values["quantize_args"]))}))

@@ -15,6 +15,7 @@ FORMATS = {
     "nf4": "bitsandbytes NF4, blocks of 64",
     "fp4": "bitsandbytes FP4, blocks of 64",
     "int8": "bitsandbytes LLM.int8, one scale a row",
+    "gguf:Q4_K_M": "llama.cpp, by the name that llama-quantize is given: Q4_0 to Q8_0, Q2_K to Q6_K, IQ4_NL, IQ4_XS",
 }
 
 _CODEBOOK_FORMAT = re.compile(r"(nf4|fp4)(?:-b(\d+))?")
@@ -24,11 +25,17 @@ def get_grid(name: str) -> Grid:
     """The grid of a format.
 
     Args:
-        name: ``nf4``, ``fp4``, ``int8``, or ``nf4-b128`` and the like for another block size.
+        name: ``nf4``, ``fp4``, ``int8``, ``nf4-b128`` and the like for another block size, or a GGUF tensor type as in
+            ``gguf:Q4_K``.
 
     Raises:
         UsageError: The format is unknown, or the block size is not one that the quantizer allows.
+        MissingDependencyError: A GGUF type needs the real quantizer, and there is none.
     """
+    if name.startswith("gguf:"):
+        from qcbguard_plugins.backends.gguf.grids import gguf_grid
+
+        return gguf_grid(name.removeprefix("gguf:"))
     if name == "int8":
         return Int8Grid()
     match = _CODEBOOK_FORMAT.fullmatch(name)
