@@ -11,7 +11,7 @@ import traceback
 
 import click
 
-from qcbguard_plugins.cli import doctor, gguf, guard, listing, verify
+from qcbguard_plugins.cli import convert, doctor, gguf, guard, listing, verify
 from qcbguard_plugins.errors import QcbguardError, UsageError
 
 
@@ -23,6 +23,7 @@ def app() -> None:
 
 app.add_command(guard.command)
 app.add_command(gguf.command)
+app.add_command(convert.command)
 app.add_command(verify.command)
 app.add_command(listing.command)
 app.add_command(doctor.command)

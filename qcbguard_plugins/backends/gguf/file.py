@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -77,29 +77,37 @@ def guard_gguf(
             progress(tensor.num_weights)
         return weight
 
-    def report() -> GuardReport:
-        return GuardReport(
-            created=now(),
-            versions=installed_versions(),
-            source=plan.file.path.name,
-            format=f"gguf:{plan.recipe}",
-            **guard.describe(),
-            tensors=tuple(records[tensor.name] for tensor in plan.targets),
-            unguarded=plan.ignored,
-            toolchain=plan.toolchain | library_facts(plan.types.values(), options),
-            elapsed_s=time.monotonic() - start,
-        )
-
     finished: list[GuardReport] = []
 
     def text() -> str:
-        finished.append(report())
+        finished.append(report_of(plan, guard, records, options, time.monotonic() - start))
         return finished[0].model_dump_json()
 
-    reserved = _REPORT_BYTES + sum(_RECORD_BYTES + 3 * len(name) for name in plan.file.tensors)
     with publish_file(Path(dst), plan.file.path) as path:
-        rewrite_gguf(plan.file, path, plan.types, new_weight, PROVENANCE_KEY, text, reserved)
+        rewrite_gguf(plan.file, path, plan.types, new_weight, PROVENANCE_KEY, text, report_bytes(plan.file.tensors))
     return finished[0]
+
+
+def report_of(
+    plan: GgufPlan, guard: Guard, records: Mapping[str, TensorRecord], options: GgufOptions, elapsed_s: float
+) -> GuardReport:
+    """The report of a run over a GGUF file."""
+    return GuardReport(
+        created=now(),
+        versions=installed_versions(),
+        source=plan.file.path.name,
+        format=f"gguf:{plan.recipe}",
+        **guard.describe(),
+        tensors=tuple(records[tensor.name] for tensor in plan.targets),
+        unguarded=plan.ignored,
+        toolchain=plan.toolchain | library_facts(plan.types.values(), options),
+        elapsed_s=elapsed_s,
+    )
+
+
+def report_bytes(names: Iterable[str]) -> int:
+    """Room that the report about tensors of these names may take, as JSON in one line."""
+    return _REPORT_BYTES + sum(_RECORD_BYTES + 3 * len(name) for name in names)
 
 
 def require_data_free(guard: Guard) -> None:
