@@ -23,6 +23,7 @@ from qcbguard_plugins.checkpoint import (
 )
 from qcbguard_plugins.defenses import Defense
 from qcbguard_plugins.errors import VerificationError
+from qcbguard_plugins.grids import Grid
 from qcbguard_plugins.guard import Guard, as_guard
 from qcbguard_plugins.model import Layer, Progress, guard_layers, record_of
 from qcbguard_plugins.plan import Plan, Target, make_plan
@@ -38,7 +39,7 @@ from qcbguard_plugins.report.model import (
     read_manifest,
 )
 from qcbguard_plugins.rounding import GuardedWeight, guard_weight
-from qcbguard_plugins.several import require_all_grids, stock_digest
+from qcbguard_plugins.several import coarsest_first, require_all_grids, stock_digest
 
 if TYPE_CHECKING:
     from qcbguard_plugins.backends.gguf.options import GgufOptions
@@ -175,7 +176,7 @@ def _write_guarded_shards(
 def _guard_tensor(target: Target, stored: Tensor, plan: Plan, guard: Guard) -> tuple[Tensor, TensorRecord]:
     assert guard.seed is not None, "the seed is drawn once a run"
     weight = (stored.T if target.transposed else stored).to(target.read_dtype)
-    grids = plan.grids(target)
+    grids = coarsest_first(weight, plan.grids(target))
     guarded = guard_weight(weight, grids[0], guard.method, seed=guard.seed, name=target.name)
     guarded = require_all_grids(weight, guarded, grids, target.name)
     new = guarded.weight.T if target.transposed else guarded.weight
@@ -190,7 +191,7 @@ def _calibrated_model(plan: Plan, guard: Guard, records: dict[str, TensorRecord]
     guard.calibration.resolve(has_tokenizer=tokenizer is not None)
     dtypes = {target.dtype for target in plan.targets}
     model = load_full_precision(plan.checkpoint.path, functools.reduce(torch.promote_types, dtypes))
-    grids = {target.layer: plan.grids(target) for target in plan.targets}
+    grids = {target.layer: _ordered_grids(plan, target) for target in plan.targets}
     layers = {
         target.layer: Layer(target.transposed, target.read_dtype, grids[target.layer][0], target.inputs_of)
         for target in plan.targets
@@ -203,6 +204,11 @@ def _calibrated_model(plan: Plan, guard: Guard, records: dict[str, TensorRecord]
             guarded = require_all_grids(_read(plan.checkpoint, target), guarded, grids[layer], target.name)
         records[target.name] = _record(guarded, target)
     return model
+
+
+def _ordered_grids(plan: Plan, target: Target) -> list[Grid]:
+    grids = plan.grids(target)
+    return grids if len(grids) == 1 else coarsest_first(_read(plan.checkpoint, target), grids)
 
 
 def _read(checkpoint: Checkpoint, target: Target) -> Tensor:

@@ -83,7 +83,7 @@ class Plan:
         return ",".join(self.formats)
 
     def grids(self, target: Target) -> list[Grid]:
-        """The grids of a tensor. The first is the one that choices are made on."""
+        """The grids of a tensor."""
         return [
             self.gguf.grid(target.name, target.shape[1]) if self.gguf and name.startswith("gguf:") else get_grid(name)
             for name in target.formats
@@ -208,7 +208,7 @@ def _read_tensors(
     keys: dict[str, str],
     gguf: GgufOptions | None,
 ) -> _ReadTensors:
-    """Ask each toolchain what it will read. The GGUF type comes first: its scales are the hardest to keep."""
+    """Ask each toolchain what it will read."""
     tied = bool(getattr(config, "tie_word_embeddings", False))
     folder = None
     formats_of: dict[str, tuple[str, ...]] = {}
