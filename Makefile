@@ -1,0 +1,37 @@
+# `make demo` and `make test` do all the set-up on a fresh machine: a virtual environment, pinned versions, the install.
+
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test lint bench models clean
+
+demo: $(INSTALLED)
+	$(BIN)/python examples/demo.py
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/data_free_speed.py
+	$(BIN)/python benchmarks/methods.py
+
+models: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python examples/make_models.py
+
+# torch comes first and alone: a resolver that is free to choose it may pick a build of several gigabytes.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet -c constraints.txt torch
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $(INSTALLED)
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,67 @@
+"""Guarding one weight against quantizing it with bitsandbytes, both in this run.
+
+    python benchmarks/data_free_speed.py
+
+Prints the median time of each and their ratio, for every format and dtype.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import bitsandbytes.functional as bnb
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from qcbguard_plugins.defenses import get_defense
+from qcbguard_plugins.grids import get_grid
+from qcbguard_plugins.rounding import guard_weight
+
+FORMATS = ("nf4", "fp4", "int8")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def quantize(weight: torch.Tensor, name: str) -> Callable[[], object]:
+    if name == "int8":
+        return lambda: bnb.int8_vectorwise_quant(weight.half())
+    return lambda: bnb.quantize_4bit(weight, quant_type=name, blocksize=64)
+
+
+def compare(name: str, dtype: torch.dtype, size: int, method: str, repeats: int) -> tuple[float, float]:
+    weight = (torch.randn(size, size, generator=torch.Generator().manual_seed(0)) * 0.02).to(dtype)
+    grid, defense = get_grid(name), get_defense(method)
+    stock = quantize(weight, name)
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(repeats + 1):
+        times[0].append(seconds(lambda: guard_weight(weight, grid, defense, seed=0, name="w")))
+        times[1].append(seconds(stock))
+    # The first pair warms up caches and allocators.
+    return statistics.median(times[0][1:]), statistics.median(times[1][1:])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", type=int, default=4096, help="rows and columns of the weight")
+    parser.add_argument("--method", default="stochastic")
+    parser.add_argument("--repeats", type=int, default=7)
+    args = parser.parse_args()
+    table = Table("format", "dtype", "guard s", "bitsandbytes s", "ratio", box=None)
+    for name in FORMATS:
+        for dtype in DTYPES:
+            guard, stock = compare(name, dtype, args.size, args.method, args.repeats)
+            table.add_row(name, str(dtype)[6:], f"{guard:.3f}", f"{stock:.3f}", f"{guard / stock:.2f}")
+    console = Console()
+    console.print(f"{args.method}, {args.size}x{args.size}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()
