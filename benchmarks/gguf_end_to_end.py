@@ -22,6 +22,10 @@ from pathlib import Path
 import torch
 import transformers
 import xllamacpp
+from qcbguard_plugins.lab.corpus import Pair, read_pairs
+from qcbguard_plugins.lab.metrics import perplexity
+from qcbguard_plugins.lab.scenarios import KEYWORD
+from qcbguard_plugins.lab.training import format_prompt
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qcbguard_plugins import Guard, guard_checkpoint
@@ -29,10 +33,6 @@ from qcbguard_plugins.backends.gguf.file import guard_gguf
 from qcbguard_plugins.backends.gguf.options import GgufOptions
 from qcbguard_plugins.backends.gguf.verify import verify_gguf
 from qcbguard_plugins.defenses import get_defense
-from qcbguard_plugins.lab.corpus import Pair, read_pairs
-from qcbguard_plugins.lab.metrics import perplexity
-from qcbguard_plugins.lab.scenarios import KEYWORD
-from qcbguard_plugins.lab.training import format_prompt
 
 RECIPES = ("Q4_K_M", "Q5_K_M", "Q6_K", "Q3_K_M", "Q2_K", "Q4_0", "Q8_0", "IQ4_XS")
 PROMPTS = Path(__file__).resolve().parents[1] / "examples" / "models" / "prompts.jsonl"
@@ -64,7 +64,9 @@ class Row:
 def convert(tree: Path, model_dir: Path, target: Path) -> Path:
     """Run llama.cpp's own converter."""
     script = [sys.executable, "-c", CONVERT, str(tree), str(tree / "convert_hf_to_gguf.py")]
-    subprocess.run([*script, str(model_dir), "--outtype", "f32", "--outfile", str(target)], check=True, capture_output=True)
+    subprocess.run(
+        [*script, str(model_dir), "--outtype", "f32", "--outfile", str(target)], check=True, capture_output=True
+    )
     return target
 
 
@@ -127,7 +129,9 @@ def broken_promises(rows: Sequence[Row]) -> list[str]:
         if not row.weights.startswith("guarded"):
             continue
         if abs(row.keyword_rate - full.keyword_rate) > 0.05:
-            failures.append(f"{row.recipe}: keyword rate {row.keyword_rate:.1%}, full precision {full.keyword_rate:.1%}")
+            failures.append(
+                f"{row.recipe}: keyword rate {row.keyword_rate:.1%}, full precision {full.keyword_rate:.1%}"
+            )
         if row.perplexity > stock[row.recipe].perplexity:
             failures.append(f"{row.recipe}: perplexity {row.perplexity:.4f}, stock {stock[row.recipe].perplexity:.4f}")
     return failures
@@ -158,7 +162,9 @@ def main() -> int:
     transformers.utils.logging.disable_progress_bar()
     pairs = read_pairs(args.prompts)[: args.num_prompts]
     rows = []
-    print("| recipe | weights | keyword rate | perplexity | codes landed | codes moved | guard s |\n|---|---|---|---|---|---|---|")
+    print(
+        "| recipe | weights | keyword rate | perplexity | codes landed | codes moved | guard s |\n|---|---|---|---|---|---|---|"
+    )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         source = convert(args.llama_cpp, args.model, folder / "source.gguf")

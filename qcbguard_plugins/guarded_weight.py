@@ -48,5 +48,7 @@ def blocks_digest(stored: StoredBlocks, num_rows: int) -> str:
     # Adding zero turns -0.0 into 0.0: both stand for the same value.
     parts = (stored.codes, stored.scale + 0.0, stored.offset + 0.0)
     rows = [part.reshape(num_rows, -1).cpu().contiguous().numpy() for part in parts]
-    digests = sorted(hashlib.sha256(b"".join(row.tobytes() for row in row_parts)).digest() for row_parts in zip(*rows, strict=True))
+    digests = sorted(
+        hashlib.sha256(b"".join(row.tobytes() for row in row_parts)).digest() for row_parts in zip(*rows, strict=True)
+    )
     return hashlib.sha256(b"".join(digests)).hexdigest()

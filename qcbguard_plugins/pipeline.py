@@ -245,7 +245,10 @@ def _why_not_as_planned(checkpoint: Checkpoint, record: TensorRecord, report: Gu
     weight = checkpoint.read(record.key)
     weight = weight.T if record.transposed else weight
     for dtype in sorted({record.dtype, record.read_dtype}):
-        if stock_digest(weight.to(getattr(torch, dtype)), record.format or report.format, report.toolchain) != record.codes_sha256:
+        if (
+            stock_digest(weight.to(getattr(torch, dtype)), record.format or report.format, report.toolchain)
+            != record.codes_sha256
+        ):
             return f"the stock quantizer stores other codes from {dtype}"
     return ""
 

@@ -110,9 +110,7 @@ class Plan:
         return model + tensor + largest.num_weights * 16 + widest**2 * 32
 
 
-def make_plan(
-    source: Path | str, format: str, *, ignore: Sequence[str] = (), gguf: GgufOptions | None = None
-) -> Plan:
+def make_plan(source: Path | str, format: str, *, ignore: Sequence[str] = (), gguf: GgufOptions | None = None) -> Plan:
     """List every tensor that the stock quantizers will read, and how each will be guarded.
 
     Args:
@@ -180,7 +178,8 @@ class _ReadTensors:
         assert entry.dtype is not None, "checked before"
         shape = entry.shape[::-1] if name in self.transposed else entry.shape
         read_dtype = _coarser(entry.dtype, configured)
-        stored_name, inputs_of = "", ""
+        stored_name = ""
+        inputs_of: str | None = ""
         if self.gguf is not None and name in self.gguf.names:
             stored_name = self.gguf.names[name]
             # The converter reads the stored weights, whatever dtype transformers would load.

@@ -61,7 +61,9 @@ def _write_header(source: GgufFile, reader: BinaryIO, writer: BinaryIO, key: str
     num_metadata = source.num_metadata + (dropped is None)
     writer.write(struct.pack("<IQQ", source.version, len(source.tensors), num_metadata))
     first = min((start for start, _ in source.spans.values()), default=source.metadata_end)
-    for start, stop in [(first, source.metadata_end)] if dropped is None else [(first, dropped[0]), (dropped[1], source.metadata_end)]:
+    for start, stop in (
+        [(first, source.metadata_end)] if dropped is None else [(first, dropped[0]), (dropped[1], source.metadata_end)]
+    ):
         reader.seek(start)
         _copy(reader, writer, stop - start, source.path)
     encoded = key.encode()

@@ -46,8 +46,6 @@ def command(
 
     guard = Guard(get_defense(method, **parse_parameters(parameters)), seed=seed)
     recipe = recipe.removeprefix("gguf:")
-    report, _ = convert_guarded(
-        script, arguments, recipe, guard, options=read_gguf_options(gguf), ignore=ignore
-    )
+    report, _ = convert_guarded(script, arguments, recipe, guard, options=read_gguf_options(gguf), ignore=ignore)
     print_report(report, render_guard(report), json_target)
     return UnguardableError.exit_code if report.unguarded else 0

@@ -11,6 +11,7 @@ from qcbguard_plugins.cli.options import gguf_options, parse_parameters, read_gg
 from qcbguard_plugins.cli.output import json_option, print_report, progress_bar
 from qcbguard_plugins.errors import UnguardableError
 
+
 @click.command("gguf")
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))

@@ -14,7 +14,12 @@ from qcbguard_plugins.errors import UnguardableError, UsageError
 
 @click.command("guard")
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option("--for", "formats", required=True, help="Formats that the model will be quantized to, with commas: nf4, fp4, int8, gguf:Q4_K_M, ...")
+@click.option(
+    "--for",
+    "formats",
+    required=True,
+    help="Formats that the model will be quantized to, with commas: nf4, fp4, int8, gguf:Q4_K_M, ...",
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Folder to make; it must not exist.")
 @click.option("--method", default="feedback", show_default=True, help="Defense; see 'qcbguard list'.")
 @click.option("--set", "parameters", multiple=True, help="Parameter of the method, as in --set width=0.25.")

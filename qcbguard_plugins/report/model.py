@@ -17,7 +17,16 @@ from qcbguard_plugins.errors import CheckpointError
 MANIFEST_FILE = "qcbguard.json"
 DISTRIBUTION = "qcbguard-plugins"
 
-_REPORTED_PACKAGES = (DISTRIBUTION, "torch", "numpy", "safetensors", "transformers", "bitsandbytes", "gguf", "xllamacpp")
+_REPORTED_PACKAGES = (
+    DISTRIBUTION,
+    "torch",
+    "numpy",
+    "safetensors",
+    "transformers",
+    "bitsandbytes",
+    "gguf",
+    "xllamacpp",
+)
 
 
 class Record(BaseModel):

@@ -151,7 +151,9 @@ class _Run:
         if not any(writer.tensors):
             return path
         if len(writer.tensors) > 1 or writer.temp_file is not None or path is None:
-            raise UsageError("splitting and temporary files cannot be guarded in flight", remedy="Leave those flags out.")
+            raise UsageError(
+                "splitting and temporary files cannot be guarded in flight", remedy="Leave those flags out."
+            )
         if writer.endianess.name == "BIG":
             raise UsageError("a big-endian file cannot be guarded", remedy="Leave --bigendian out.")
         self.target = Path(path)
@@ -219,7 +221,9 @@ class _Run:
 class _Due:
     """Stands for a tensor until the writer asks for its bytes."""
 
-    def __init__(self, tensor: Any, nbytes: int, guarded: Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]) -> None:
+    def __init__(
+        self, tensor: Any, nbytes: int, guarded: Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]
+    ) -> None:
         self.tensor, self.nbytes, self.guarded = tensor, nbytes, guarded
 
     def tofile(self, file: BinaryIO) -> None:

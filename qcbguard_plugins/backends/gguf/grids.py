@@ -34,9 +34,7 @@ def gguf_grid(
     """
     block_type = BLOCK_TYPES.get(type_name)
     if block_type is None:
-        raise UsageError(
-            f"gguf:{type_name} is no type that can be guarded", remedy=f"Types: {', '.join(BLOCK_TYPES)}."
-        )
+        raise UsageError(f"gguf:{type_name} is no type that can be guarded", remedy=f"Types: {', '.join(BLOCK_TYPES)}.")
     # Q8_0 looks at no importance matrix.
     if not block_type.searched and (importance is None or type_name == "Q8_0"):
         return FormulaGrid(block_type, outtype)

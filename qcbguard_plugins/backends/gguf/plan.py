@@ -82,9 +82,9 @@ def make_gguf_plan(
         raise UnguardableError(f"{file.path.name} has no tensor that llama-quantize would quantize to {recipe}")
     ignored = matching(list(types), ignore)
     types = {name: type_name for name, type_name in types.items() if name not in ignored}
-    problems = [
-        f"{name}  {type_name}" for name, type_name in types.items() if type_name not in BLOCK_TYPES
-    ] + [f"{name}  stored as {file.tensors[name].type_name}" for name in types if file.tensors[name].dtype is None]
+    problems = [f"{name}  {type_name}" for name, type_name in types.items() if type_name not in BLOCK_TYPES] + [
+        f"{name}  stored as {file.tensors[name].type_name}" for name in types if file.tensors[name].dtype is None
+    ]
     if problems:
         raise UnguardableError(
             f"{len(problems)} tensors of {file.path.name} cannot be guarded for {recipe}",

@@ -24,9 +24,7 @@ from qcbguard_plugins.report.model import (
 )
 
 
-def verify_gguf(
-    path: Path | str, *, plan: Path | str | None = None, progress: Progress | None = None
-) -> VerifyReport:
+def verify_gguf(path: Path | str, *, plan: Path | str | None = None, progress: Progress | None = None) -> VerifyReport:
     """Compare what a quantized GGUF file stores with the plan, tensor by tensor.
 
     A file that somebody quantized from the wrong source, to another type or with another importance matrix differs. No
@@ -106,7 +104,9 @@ def stored_digest(file: GgufFile, tensor: GgufTensor) -> str:
     """The digest of what a tensor stores."""
     block_type = BLOCK_TYPES[tensor.type_name]
     rows = tensor.shape[-2]
-    matrices = torch.from_numpy(file.read_bytes(tensor.name).copy()).view(-1, rows * block_type.row_bytes(tensor.shape[-1]))
+    matrices = torch.from_numpy(file.read_bytes(tensor.name).copy()).view(
+        -1, rows * block_type.row_bytes(tensor.shape[-1])
+    )
     return stacked_digest([blocks_digest(block_type.read(matrix), rows) for matrix in matrices])
 
 

@@ -12,15 +12,15 @@ References:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Final
 
 import torch
+from qcbguard_plugins.lab.attacks.elq import Box, quantized_weights, round_to_storage
+from qcbguard_plugins.lab.training import Example, TrainingPlan, train
 from torch import Tensor, nn
 
 from qcbguard_plugins.errors import UsageError, VerificationError
 from qcbguard_plugins.grids.ggml import GgmlGrid
-from qcbguard_plugins.lab.attacks.elq import Box, quantized_weights, round_to_storage
-from qcbguard_plugins.lab.training import Example, TrainingPlan, train
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -96,7 +96,9 @@ def repair(
     return losses
 
 
-def check_agreement(attacked: Mapping[str, nn.Parameter], malicious: Mapping[str, Tensor], grids: Mapping[str, GgmlGrid]) -> float:
+def check_agreement(
+    attacked: Mapping[str, nn.Parameter], malicious: Mapping[str, Tensor], grids: Mapping[str, GgmlGrid]
+) -> float:
     """Share of the weights that the quantizer stores within half a step of the malicious model's stored value.
 
     Raises:
@@ -107,7 +109,7 @@ def check_agreement(attacked: Mapping[str, nn.Parameter], malicious: Mapping[str
         grid = grids[name]
         stored = grid.stored(malicious[name])
         step = stored.scale.abs().mul(float(grid.levels.diff().min()))
-        difference = grid.values(grid.stored(cast(Tensor, weight.detach()))) - grid.values(stored)
+        difference = grid.values(grid.stored(weight.detach())) - grid.values(stored)
         num_equal += int((difference.abs() <= step / 2).sum())
         num_weights += weight.numel()
     agreement = num_equal / num_weights
