@@ -28,7 +28,7 @@ _MAX_ROUNDS = 6
 _TOLERANCE = 1 / 16
 # Share of a tensor's energy that may lie in sub-blocks whose scale the quantizer rounds to zero. Nothing that is written
 # into the weight can change how those are stored.
-_MAX_LOST_ENERGY = 1e-4
+_MAX_LOST_ENERGY = 1e-3
 
 
 @dataclass(frozen=True)
