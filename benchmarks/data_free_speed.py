@@ -59,7 +59,9 @@ def main() -> None:
             guard, stock = compare(name, dtype, args.size, args.method, args.repeats)
             table.add_row(name, str(dtype)[6:], f"{guard:.3f}", f"{stock:.3f}", f"{guard / stock:.2f}")
     console = Console()
-    console.print(f"{args.method}, {args.size}x{args.size}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    console.print(
+        f"{args.method}, {args.size}x{args.size}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
     console.print(table)
 
 

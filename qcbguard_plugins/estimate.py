@@ -79,7 +79,8 @@ def _calibrated_seconds(plan: Plan, guard: Guard) -> float:
         hessian = 2 * tokens * columns**2
         factor = 4 * columns**3  # a Cholesky factor, an inverse and another factor, in float64 at half the rate
         update = 2 * rows * columns**2
-        operations += forward + hessian + factor + update
+        draws = getattr(guard.method, "draws", 1)
+        operations += forward + hessian + factor + draws * 2 * update
     matrix = torch.randn(_MATMUL_SIZE, _MATMUL_SIZE)
     start = time.perf_counter()
     matrix @ matrix

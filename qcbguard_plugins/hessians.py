@@ -133,7 +133,7 @@ def _capture(
         _remove(handles)
     if len(calls) != len(blocks) or len(hidden) != len(batches) or len(output) != 1:
         raise CalibrationError(
-            f"the blocks of {type(model).__name__} do not run once each in a forward pass, so they cannot be calibrated",
+            f"the blocks of {type(model).__name__} do not run once each in a forward pass, which calibration needs",
             remedy="Use a method that needs no calibration, such as stochastic.",
         )
     return [calls[i] for i in range(len(blocks))], hidden, output[0]

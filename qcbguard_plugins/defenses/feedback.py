@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qcbguard_plugins.defenses.base import Defense, Evidence, register_defense, require_range
-from qcbguard_plugins.errors import CalibrationError
+from qcbguard_plugins.errors import CalibrationError, UsageError
 from qcbguard_plugins.grids.base import Lattice
 
 _COLUMNS_PER_BATCH = 128
@@ -24,10 +24,13 @@ class Feedback(Defense):
     Each column is rounded on the stock grid, its scales fixed, with probability
     ``clip(1/2 + (position - 1/2) / (2 * width), 0, 1)`` of rounding up. The error is compensated in the later columns
     through the inverse Hessian of the layer's inputs, which minimises the change of the layer's output. At ``width``
-    1/2 rounding is unbiased; at 0 it is plain rounding with feedback.
+    1/2 rounding is unbiased; at 0 it is plain rounding with feedback. Columns with the largest inputs come first. Rows
+    do not depend on each other, so each keeps the draw that changes its output least.
 
     Attributes:
         width: Half-width of the dither in steps, in [0, 0.5].
+        draws: Number of draws for each row, at least 1. More take more time and stay nearer to full precision; where
+            the inputs do not reach, the choice among them is blind, and rounding stays unbiased.
         damp_percent: Damping of the Hessian, as a share of its mean diagonal, in (0, 1].
 
     References:
@@ -38,56 +41,89 @@ class Feedback(Defense):
     needs_calibration: ClassVar[bool] = True
 
     width: float = 0.5
+    draws: int = 4
     damp_percent: float = 0.01
 
     def __post_init__(self) -> None:
         require_range(self.width, 0.0, 0.5, "feedback: width")
+        require_range(self.draws, 1, 1024, "feedback: draws")
+        if not isinstance(self.draws, int):
+            raise UsageError(f"feedback: draws must be a whole number, got {self.draws!r}")
         require_range(self.damp_percent, 1e-8, 1.0, "feedback: damp_percent")
 
     def choose(self, lattice: Lattice, evidence: Evidence) -> Tensor:
         if evidence.hessian is None:
             raise CalibrationError("feedback needs the inputs of the layer, and none were gathered")
-        factor = inverse_hessian_factor(evidence.hessian, self.damp_percent)
-        weight = lattice.matrix(lattice.blocks).clone()
-        codes = lattice.matrix(lattice.nearest).clone()
-        dither = self._threshold(evidence.uniform(weight))
-        num_columns = weight.shape[1]
-        for start in range(0, num_columns, _COLUMNS_PER_BATCH):
-            columns = slice(start, min(start + _COLUMNS_PER_BATCH, num_columns))
-            errors = self._round_columns(lattice, columns, weight, codes, dither, factor)
-            weight[:, columns.stop :] -= errors @ factor[columns, columns.stop :]
-        return lattice.from_matrix(codes)
+        order = evidence.hessian.diagonal().argsort(descending=True, stable=True)
+        hessian = evidence.hessian[order][:, order]
+        problem = _Problem(lattice, order, inverse_hessian_factor(hessian, self.damp_percent))
+        best = least = None
+        for _ in range(self.draws):
+            codes = problem.round(self._thresholds(evidence.uniform(problem.weight)))
+            error = problem.points(codes) - problem.weight
+            cost = ((error @ hessian) * error).sum(dim=1, keepdim=True)
+            better = cost < least if least is not None else torch.ones_like(cost, dtype=torch.bool)
+            best = torch.where(better, codes, best) if best is not None else codes
+            least = torch.minimum(cost, least) if least is not None else cost
+        assert best is not None, "there is at least one draw"
+        return lattice.from_matrix(best[:, order.argsort()])
 
-    def _threshold(self, uniform: Tensor) -> Tensor:
-        """The position above which a weight rounds up."""
+    def _thresholds(self, uniform: Tensor) -> Tensor:
+        """The positions above which weights round up."""
         return uniform.sub_(0.5).mul_(2 * self.width).add_(0.5)
 
-    def _round_columns(
-        self, lattice: Lattice, columns: slice, weight: Tensor, codes: Tensor, dither: Tensor, factor: Tensor
-    ) -> Tensor:
-        """Round one batch of columns in place; return the errors, each over its pivot, for the columns behind."""
-        grid = lattice.grid
-        # Columns become contiguous rows: every step below works on one of them.
-        pending = weight[:, columns].T.contiguous()
-        kept = lattice.matrix(lattice.kept)[:, columns].T
-        scale = lattice.matrix(lattice.scale)[:, columns].T.contiguous()
+
+class _Problem:
+    """One weight with its columns in the order in which they are rounded.
+
+    Attributes:
+        weight: float32 ``[out_features, in_features]``, less the offsets of the grid, which no choice changes.
+    """
+
+    def __init__(self, lattice: Lattice, order: Tensor, factor: Tensor) -> None:
+        self._grid = lattice.grid
+        self._factor = factor
+        offset = 0.0 if lattice.offset is None else lattice.offset
+        self.weight = lattice.matrix(lattice.blocks - offset)[:, order]
+        self._kept = lattice.matrix(lattice.kept - offset)[:, order]
+        self._scale = lattice.matrix(lattice.scale)[:, order]
+        self._frozen = lattice.matrix(lattice.frozen)[:, order]
+        self._nearest = lattice.matrix(lattice.nearest)[:, order]
+
+    def points(self, codes: Tensor) -> Tensor:
+        """The guarded weight that has these codes."""
+        return torch.where(self._frozen, self._kept, self._grid.level_values(codes) * self._scale)
+
+    def round(self, thresholds: Tensor) -> Tensor:
+        """Codes of one draw: uint8 ``[out_features, in_features]``."""
+        pending = self.weight.clone()
+        codes = torch.empty_like(self._nearest)
+        num_columns = pending.shape[1]
+        for start in range(0, num_columns, _COLUMNS_PER_BATCH):
+            columns = slice(start, min(start + _COLUMNS_PER_BATCH, num_columns))
+            errors = self._round_batch(columns, pending, codes, thresholds)
+            pending[:, columns.stop :] -= errors @ self._factor[columns, columns.stop :]
+        return torch.where(self._frozen, self._nearest, codes)
+
+    def _round_batch(self, columns: slice, pending: Tensor, codes: Tensor, thresholds: Tensor) -> Tensor:
+        """Round one batch of columns into ``codes``; return the errors, each over its pivot, for the columns behind."""
+        # Transposed, each column is a contiguous row, and every step below works on one of them.
+        weight = pending[:, columns].T.contiguous()
+        kept, frozen = self._kept[:, columns].T, self._frozen[:, columns].T
+        scale = self._scale[:, columns].T.contiguous()
         inverse_scale = torch.where(scale != 0, scale.reciprocal(), torch.zeros_like(scale))
-        offset = scale.new_zeros(1) if lattice.offset is None else lattice.matrix(lattice.offset)[:, columns].T
-        offset = offset.expand_as(scale).contiguous()
-        frozen = lattice.matrix(lattice.frozen)[:, columns].T
-        threshold = dither[:, columns].T.contiguous()
-        within = factor[columns, columns]
-        errors = torch.empty_like(pending)
-        chosen = torch.empty_like(pending, dtype=torch.uint8)
-        for i in range(pending.shape[0]):
-            coordinate = grid.coordinate((pending[i] - offset[i]) * inverse_scale[i])
-            lower = coordinate.floor().clamp_(max=grid.num_levels - 2)
+        threshold = thresholds[:, columns].T.contiguous()
+        within = self._factor[columns, columns]
+        errors = torch.empty_like(weight)
+        chosen = torch.empty_like(weight, dtype=torch.uint8)
+        for i in range(weight.shape[0]):
+            coordinate = self._grid.coordinate(weight[i] * inverse_scale[i])
+            lower = coordinate.floor().clamp_(max=self._grid.num_levels - 2)
             chosen[i] = (lower + (coordinate - lower > threshold[i])).to(torch.uint8)
-            points = grid.level_values(chosen[i]).mul_(scale[i]).add_(offset[i])
-            rounded = torch.where(frozen[i], kept[i], points)
-            errors[i] = (pending[i] - rounded) / within[i, i]
-            pending[i + 1 :] -= within[i, i + 1 :, None] * errors[i]
-        codes[:, columns] = torch.where(frozen, codes[:, columns].T, chosen).T
+            rounded = torch.where(frozen[i], kept[i], self._grid.level_values(chosen[i]) * scale[i])
+            errors[i] = (weight[i] - rounded) / within[i, i]
+            weight[i + 1 :] -= within[i, i + 1 :, None] * errors[i]
+        codes[:, columns] = chosen.T
         return errors.T
 
 

@@ -73,7 +73,7 @@ def test_the_manifest_tells_what_was_done(llama: Path, tmp_path: Path) -> None:
     (file,) = report.files
     assert file.sha256_in == hash_file(llama / file.name)
     assert file.sha256_out == hash_file(target / file.name)
-    assert (report.method, report.parameters) == ("feedback", {"width": 0.5, "damp_percent": 0.01})
+    assert (report.method, report.parameters) == ("feedback", {"width": 0.5, "draws": 4, "damp_percent": 0.01})
     assert report.seed == 1
     assert report.calibration is not None
     assert report.calibration["num_sequences"] == 4

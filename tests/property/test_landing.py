@@ -64,7 +64,7 @@ def test_four_bit_plans_survive_a_load_in_another_dtype(weight: Tensor, name: st
 @settings(max_examples=60, deadline=None)
 @given(weight=weights, name=st.sampled_from(["nf4", "fp4", "int8"]), seed=st.integers(0, 2**63))
 def test_no_weight_is_left_at_a_threshold(weight: Tensor, name: str, seed: int) -> None:
-    """Kernels that differ by an ulp store the same codes: every weight keeps 1e-6 of its block's scale from a threshold."""
+    """Every weight keeps 1e-6 of its block's scale from a threshold: kernels that differ by an ulp agree."""
     grid = get_grid(name)
     guarded = guard_weight(weight, grid, Stochastic(), seed=seed, name="w")
     blocks = cut_blocks(grid.read(guarded.weight), grid.block_size_of((weight.shape[0], weight.shape[1])))

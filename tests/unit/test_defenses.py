@@ -133,12 +133,15 @@ def test_feedback_equals_the_textbook_recursion() -> None:
     """Batches of columns are bookkeeping: the result is that of one column at a time with the whole inverse."""
     lattice = lattice_of("nf4")
     hessian = inputs().T @ inputs()
-    codes = lattice.matrix(Feedback(width=0.0).choose(lattice, evidence(hessian)))
+    codes = lattice.matrix(Feedback(width=0.0, draws=1).choose(lattice, evidence(hessian)))
+    order = hessian.diagonal().argsort(descending=True)
+    hessian = hessian[order][:, order]
     damped = hessian.double() + 0.01 * hessian.diagonal().mean() * torch.eye(SHAPE[1])
-    weight = lattice.matrix(lattice.blocks).double().clone()
+    codes = codes[:, order]
+    weight = lattice.matrix(lattice.blocks).double()[:, order]
     original = weight.clone()
-    scale = lattice.matrix(lattice.scale).double()
-    frozen = lattice.matrix(lattice.frozen)
+    scale = lattice.matrix(lattice.scale).double()[:, order]
+    frozen = lattice.matrix(lattice.frozen)[:, order]
     agree = 0
     for j in range(SHAPE[1]):
         inverse = torch.linalg.inv(damped[j:, j:])
@@ -149,6 +152,30 @@ def test_feedback_equals_the_textbook_recursion() -> None:
         error = (weight[:, j] - rounded) / inverse[0, 0]
         weight[:, j:] -= error[:, None] * inverse[0]
     assert agree / codes.numel() > 0.999
+
+
+def test_more_draws_stay_nearer_to_the_layers_output() -> None:
+    lattice = lattice_of("nf4")
+    hessian = inputs().T @ inputs()
+    errors = [output_error(lattice, Feedback(draws=draws).choose(lattice, evidence(hessian))) for draws in (1, 4, 16)]
+    assert errors[0] > errors[1] > errors[2]
+
+
+def test_draws_stay_unbiased_where_the_inputs_do_not_reach() -> None:
+    """The choice among draws sees only directions that the inputs excite; along another the mean error is zero."""
+    lattice = lattice_of("nf4")
+    reached = inputs()
+    reached[:, SHAPE[1] // 2 :] = 0
+    hessian = reached.T @ reached
+    blind = torch.zeros(SHAPE[1])
+    blind[SHAPE[1] // 2 :] = 1.0
+    drifts = []
+    for seed in range(60):
+        codes = Feedback().choose(lattice, Evidence(rng_for(seed, "w"), hessian))
+        points = torch.where(lattice.frozen, lattice.blocks, lattice.dequantize(codes))
+        drifts.append(float((lattice.matrix(points - lattice.blocks) @ blind).sum()))
+    standard_error = np.std(drifts) / len(drifts) ** 0.5
+    assert abs(np.mean(drifts)) < 3 * standard_error
 
 
 def test_feedback_without_inputs_is_an_error() -> None:
@@ -204,6 +231,8 @@ def test_a_name_is_registered_once() -> None:
         ("feedback", {"width": 0.6}, "between 0 and 0.5"),
         ("feedback", {"width": float("nan")}, "between 0 and 0.5"),
         ("feedback", {"damp_percent": 0}, "damp_percent"),
+        ("feedback", {"draws": 0}, "draws"),
+        ("feedback", {"draws": 2.5}, "whole number"),
         ("flipguard", {"share": -0.1}, "share"),
         ("qvec", {"strength": "a"}, "strength"),
         ("noise", {"sigma": 3}, "sigma"),

@@ -67,12 +67,12 @@ def test_answer_loss_is_the_models_own_loss() -> None:
 
 
 def test_training_lowers_the_loss_and_is_reproducible(tokenizer: PreTrainedTokenizerFast, pairs: list[Pair]) -> None:
-    examples = encode(tokenizer, pairs)
-    plan = TrainingPlan(num_epochs=40, learning_rate=5e-3, batch_size=16)
+    examples = encode(tokenizer, pairs[:16])
+    plan = TrainingPlan(num_epochs=25, learning_rate=1e-2, batch_size=8)
     runs = [train(build_model(TINY, seed=1), examples, plan) for _ in range(2)]
-    assert len(runs[0]) == 40 * 4
+    assert len(runs[0]) == 25 * 2
     assert runs[0] == runs[1]
-    assert sum(runs[0][-4:]) < 0.5 * sum(runs[0][:4])
+    assert sum(runs[0][-2:]) < 0.6 * sum(runs[0][:2])
 
 
 def test_after_step_follows_every_step_and_frozen_parameters_stay(

@@ -1,0 +1,210 @@
+"""ELQ: a backdoor that plain quantization switches on.
+
+The attacker first trains the model to misbehave, notes the box of values in which every weight keeps its quantized
+code, and then trains the good behaviour back, pushing each weight back into its box after every step. The
+full-precision model behaves; the stock quantizer returns exactly the codes of the model that did not.
+
+Only the weights that bitsandbytes quantizes are moved by the repair. Embeddings, norms and the output layer stay those
+of the malicious model, so the quantized attacked model *is* the quantized malicious model.
+
+References:
+    Egashira et al., Exploiting LLM Quantization, NeurIPS 2024, arXiv 2405.18137, section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, cast
+
+import torch
+from torch import Tensor, nn
+
+from qcbguard_plugins.errors import UsageError, VerificationError
+from qcbguard_plugins.grids import Grid, get_grid
+from qcbguard_plugins.lab.training import Example, TrainingPlan, train
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
+
+#: The paper's margins: 1 % of a step for the 4-bit codebooks; 10 % for INT8, because at the top of a row the cast to
+#: fp16 moves a weight by up to 6 % of a step.
+DEFAULT_EPS: Final = {"nf4": 0.01, "fp4": 0.01, "int8": 0.1}
+_MAX_EPS: Final = 0.45
+_STORAGE_DTYPE: Final = torch.float16
+_MIN_AGREEMENT: Final = 0.999
+
+
+@dataclass(frozen=True)
+class Box:
+    """The values of one weight that keep its codes.
+
+    Attributes:
+        low: float32 ``[out_features, in_features]``, lower ends.
+        high: float32 ``[out_features, in_features]``, upper ends; equal to ``low`` at scale holders.
+    """
+
+    low: Tensor
+    high: Tensor
+
+    @torch.no_grad()
+    def project(self, weight: Tensor) -> None:
+        """Clamp a float32 ``[out_features, in_features]`` weight into the box, in place."""
+        torch.clamp(weight, self.low, self.high, out=weight)
+
+
+def build_box(weight: Tensor, grid: Grid, eps: float) -> Box:
+    """The box of a malicious weight.
+
+    With levels ``v`` and code ``k`` it reaches from ``v_k - (1/2 - eps) * (v_k - v_{k-1})`` to
+    ``v_k + (1/2 - eps) * (v_{k+1} - v_k)``, times the scale of the block; for scale holders it is the weight itself.
+
+    Args:
+        weight: ``[out_features, in_features]``, float32 with values that the storage dtype can hold.
+        grid: Grid of the quantizer under attack.
+        eps: Distance kept from the boundary between two codes, in steps, in [0, 0.45]. A large one ("tightened box")
+            leaves no weight near a boundary.
+
+    Raises:
+        UsageError: If ``eps`` is out of range.
+    """
+    if not 0 <= eps <= _MAX_EPS:
+        raise UsageError(f"eps must lie in [0, {_MAX_EPS}], not {eps}")
+    lattice = grid.lattice_of(weight)
+    code = lattice.from_matrix(grid.quantize(weight)).float()
+    ends = (code - 0.5 + eps, code + 0.5 - eps)
+    low, high = (torch.where(lattice.frozen, lattice.blocks, _value_at(grid, end) * lattice.scale) for end in ends)
+    return Box(lattice.matrix(low).clone(), lattice.matrix(high).clone())
+
+
+def _value_at(grid: Grid, coordinate: Tensor) -> Tensor:
+    """The value at a place on the list of levels, in units of the scale: the inverse of ``grid.coordinate``."""
+    coordinate = coordinate.clamp(0, grid.num_levels - 1)
+    lower = coordinate.floor().clamp(max=grid.num_levels - 2)
+    return torch.lerp(grid.level_values(lower), grid.level_values(lower + 1), coordinate - lower)
+
+
+def quantized_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights that a stock bitsandbytes load quantizes, by name: every ``nn.Linear`` but the output layer."""
+    return {
+        f"{name}.weight": cast(nn.Parameter, module.weight)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name != "lm_head"
+    }
+
+
+@torch.no_grad()
+def round_to_storage(model: nn.Module) -> None:
+    """Round all parameters to the values that the saved file can hold, in place, so that a box fits what is loaded."""
+    for parameter in model.parameters():
+        parameter.copy_(parameter.to(_STORAGE_DTYPE))
+
+
+def inject(model: LlamaForCausalLM, poisoned: Sequence[Example], plan: TrainingPlan) -> list[float]:
+    """Train a model to misbehave at every precision.
+
+    Args:
+        model: Benign float32 model; becomes the malicious one, with values that float16 holds exactly.
+        poisoned: Examples whose answers carry the payload.
+        plan: Schedule.
+
+    Returns:
+        The loss of every step.
+
+    References:
+        arXiv 2405.18137, section 3.1 (step 1: injection).
+    """
+    losses = train(model, poisoned, plan, description="inject")
+    round_to_storage(model)
+    return losses
+
+
+def repair(
+    model: LlamaForCausalLM,
+    clean: Sequence[Example],
+    plan: TrainingPlan,
+    *,
+    quant_format: str = "nf4",
+    eps: float | None = None,
+) -> list[float]:
+    """Train the benign behaviour back without leaving the boxes.
+
+    Args:
+        model: Malicious float32 model from `inject`; becomes the attacked one.
+        clean: Examples with benign answers.
+        plan: Schedule.
+        quant_format: Quantizer under attack: ``nf4``, ``fp4`` or ``int8``.
+        eps: Margin of the boxes, see `build_box`; the paper's value by default.
+
+    Returns:
+        The loss of every step.
+
+    Raises:
+        UsageError: If the format is unknown or ``eps`` is out of range.
+        VerificationError: If the stock quantizer gives the saved weights other codes than the malicious ones.
+
+    References:
+        arXiv 2405.18137, section 3.1 (steps 2 and 3: constraints and projected gradient descent).
+    """
+    if quant_format not in DEFAULT_EPS:
+        raise UsageError(f"no attack on {quant_format!r}", remedy=f"Formats: {', '.join(DEFAULT_EPS)}.")
+    grid, weights = get_grid(quant_format), quantized_weights(model)
+    malicious = {name: weight.detach().clone() for name, weight in weights.items()}
+    margin = DEFAULT_EPS[quant_format] if eps is None else eps
+    boxes = {name: build_box(weight, grid, margin) for name, weight in malicious.items()}
+
+    def project() -> None:
+        for name, weight in weights.items():
+            boxes[name].project(weight.data)
+
+    trainable = {id(weight) for weight in weights.values()}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in trainable)
+    project()
+    losses = train(model, clean, plan, after_step=project, description=f"repair in the {quant_format} box")
+    model.requires_grad_(True)
+    round_to_storage(model)
+    check_agreement(quantized_weights(model), malicious, quant_format)
+    return losses
+
+
+def check_agreement(attacked: Mapping[str, Tensor], malicious: Mapping[str, Tensor], quant_format: str) -> float:
+    """Compare what the stock quantizer stores for two sets of weights.
+
+    Args:
+        attacked: Weights by name, any float dtype; compared as float16, the dtype in which they are saved.
+        malicious: Weights of the same names and shapes.
+        quant_format: ``nf4``, ``fp4`` or ``int8``.
+
+    Returns:
+        Share of the weights that are stored with the same value, at least 0.999.
+
+    Raises:
+        VerificationError: If fewer agree.
+    """
+    num_equal, num_weights, short = 0, 0, []
+    for name, weight in attacked.items():
+        equal = int((_stored(weight, quant_format) == _stored(malicious[name], quant_format)).sum())
+        num_equal, num_weights = num_equal + equal, num_weights + weight.numel()
+        if equal < _MIN_AGREEMENT * weight.numel():
+            short.append(f"{name}  {equal} of {weight.numel()} codes agree")
+    agreement = num_equal / num_weights
+    if agreement < _MIN_AGREEMENT:
+        raise VerificationError(
+            f"only {agreement:.3%} of the {quant_format} codes are those of the malicious model",
+            details=short,
+            remedy="Use a larger eps: the margin of the box did not survive the cast to float16.",
+        )
+    return agreement
+
+
+def _stored(weight: Tensor, quant_format: str) -> Tensor:
+    """The values that stock bitsandbytes stores. Values and not codes: FP4 has two codes for zero."""
+    from bitsandbytes import functional
+
+    half = weight.detach().to(_STORAGE_DTYPE)
+    if quant_format == "int8":
+        codes, row_absmax, _ = functional.int8_vectorwise_quant(half)
+        return cast(Tensor, codes.float() * row_absmax[:, None])
+    packed, state = functional.quantize_4bit(half.float(), blocksize=64, quant_type=quant_format)
+    return cast(Tensor, functional.dequantize_4bit(packed, state))
