@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -45,10 +46,17 @@ def blocks_digest(stored: StoredBlocks, num_rows: int) -> str:
     llama.cpp's converter reorders the rows of some matrices (the query and key projections of Llama), so a plan that was
     made on a Hugging Face folder is compared regardless of it.
     """
+    return digest_of_rows(row_digests(stored, num_rows))
+
+
+def row_digests(stored: StoredBlocks, num_rows: int) -> list[bytes]:
+    """SHA-256 of each row of a GGUF tensor."""
     # Adding zero turns -0.0 into 0.0: both stand for the same value.
     parts = (stored.codes, stored.scale + 0.0, stored.offset + 0.0)
     rows = [part.reshape(num_rows, -1).cpu().contiguous().numpy() for part in parts]
-    digests = sorted(
-        hashlib.sha256(b"".join(row.tobytes() for row in row_parts)).digest() for row_parts in zip(*rows, strict=True)
-    )
-    return hashlib.sha256(b"".join(digests)).hexdigest()
+    return [hashlib.sha256(b"".join(part.tobytes() for part in row)).digest() for row in zip(*rows, strict=True)]
+
+
+def digest_of_rows(digests: Iterable[bytes]) -> str:
+    """One SHA-256 over the digests of rows, in any order."""
+    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()

@@ -54,7 +54,7 @@ def guard_weight(
     """
     _check(weight, name)
     if isinstance(grid, GgmlGrid):
-        return guard_on_ggml(weight, grid, defense, Evidence(rng_for(seed, name), hessian), name)
+        return guard_on_ggml(weight, grid, defense, seed=seed, name=name, hessian=hessian)
     job = _Job(weight, grid, defense, seed, name, hessian)
     segments = job.segments()
     workers = torch.get_num_threads() if weight.device.type == "cpu" else 1

@@ -78,8 +78,13 @@ class GgmlLibrary:
             return written
 
         step = max(1, _WEIGHTS_PER_CHUNK // num_columns)
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            written = sum(pool.map(quantize_rows, range(0, num_rows, step)))
+        starts = range(0, num_rows, step)
+        workers = min(torch.get_num_threads(), len(starts))
+        if workers == 1:
+            written = sum(map(quantize_rows, starts))
+        else:
+            with ThreadPoolExecutor(workers) as pool:
+                written = sum(pool.map(quantize_rows, starts))
         if written != packed.nbytes:
             raise MissingDependencyError(
                 f"{self.path.name} wrote {written} bytes of {block_type.name} where {packed.nbytes} were due",
