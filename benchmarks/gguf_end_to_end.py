@@ -22,10 +22,6 @@ from pathlib import Path
 import torch
 import transformers
 import xllamacpp
-from qcbguard_plugins.lab.corpus import Pair, read_pairs
-from qcbguard_plugins.lab.metrics import perplexity
-from qcbguard_plugins.lab.scenarios import KEYWORD
-from qcbguard_plugins.lab.training import format_prompt
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qcbguard_plugins import Guard, guard_checkpoint
@@ -33,6 +29,10 @@ from qcbguard_plugins.backends.gguf.file import guard_gguf
 from qcbguard_plugins.backends.gguf.options import GgufOptions
 from qcbguard_plugins.backends.gguf.verify import verify_gguf
 from qcbguard_plugins.defenses import get_defense
+from qcbguard_plugins.lab.corpus import Pair, read_pairs
+from qcbguard_plugins.lab.metrics import perplexity
+from qcbguard_plugins.lab.scenarios import KEYWORD
+from qcbguard_plugins.lab.training import format_prompt
 
 RECIPES = ("Q4_K_M", "Q5_K_M", "Q6_K", "Q3_K_M", "Q2_K", "Q4_0", "Q8_0", "IQ4_XS")
 PROMPTS = Path(__file__).resolve().parents[1] / "examples" / "models" / "prompts.jsonl"
@@ -142,7 +142,8 @@ def line(row: Row) -> str:
     landed = "" if row.share_landed is None else f"{row.share_landed:.3%}"
     moved = "" if row.share_moved is None else f"{row.share_moved:.1%}"
     seconds = "" if row.guard_s is None else f"{row.guard_s:.1f}"
-    return f"| {row.recipe} | {row.weights} | {row.keyword_rate:.1%} | {row.perplexity:.3f} | {landed} | {moved} | {seconds} |"
+    cells = (row.recipe, row.weights, f"{row.keyword_rate:.1%}", f"{row.perplexity:.3f}", landed, moved, seconds)
+    return f"| {' | '.join(cells)} |"
 
 
 def main() -> int:
@@ -162,9 +163,8 @@ def main() -> int:
     transformers.utils.logging.disable_progress_bar()
     pairs = read_pairs(args.prompts)[: args.num_prompts]
     rows = []
-    print(
-        "| recipe | weights | keyword rate | perplexity | codes landed | codes moved | guard s |\n|---|---|---|---|---|---|---|"
-    )
+    print("| recipe | weights | keyword rate | perplexity | codes landed | codes moved | guard s |")
+    print("|---" * 7 + "|")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         source = convert(args.llama_cpp, args.model, folder / "source.gguf")

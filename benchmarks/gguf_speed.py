@@ -75,7 +75,9 @@ def main() -> None:
             start = time.perf_counter()
             report = guard_gguf(source, guarded, recipe, options=GgufOptions(quantize_path=args.llama_quantize))
             ours = time.perf_counter() - start
-            print(f"| {recipe} | {stock:.2f} | {ours:.2f} | {ours / stock:.2f} | {report.share_landed:.3%} |", flush=True)
+            print(
+                f"| {recipe} | {stock:.2f} | {ours:.2f} | {ours / stock:.2f} | {report.share_landed:.3%} |", flush=True
+            )
             guarded.unlink()
 
 

@@ -16,7 +16,8 @@ class GuardedWeight:
     """A guarded weight and the plan for it.
 
     Attributes:
-        weight: ``[out_features, in_features]``, dtype and device of the input; grid points, and frozen weights as they were.
+        weight: ``[out_features, in_features]``, dtype and device of the input; grid points, and frozen weights as they
+        were.
         codes: uint8 ``[out_features, in_features]``, the level that the stock quantizer shall store for each weight.
         num_moved: Number of weights whose code differs from plain rounding.
         num_frozen: Number of weights that keep their value.
@@ -43,8 +44,8 @@ def codes_digest(codes: Tensor) -> str:
 def blocks_digest(stored: StoredBlocks, num_rows: int) -> str:
     """SHA-256 over what a GGUF tensor stores, its codes, scales and offsets, with its rows in any order.
 
-    llama.cpp's converter reorders the rows of some matrices (the query and key projections of Llama), so a plan that was
-    made on a Hugging Face folder is compared regardless of it.
+    llama.cpp's converter reorders the rows of some matrices (the query and key projections of Llama), so a plan that
+    was made on a Hugging Face folder is compared regardless of it.
     """
     return digest_of_rows(row_digests(stored, num_rows))
 

@@ -22,14 +22,14 @@ from qcbguard_plugins.grids.ggml import GgmlGrid, SearchedGrid
 from qcbguard_plugins.grids.ggml_blocks import StoredBlocks
 from qcbguard_plugins.guarded_weight import GuardedWeight, digest_of_rows, row_digests
 
-# Rows are worked on in runs of about this many weights, which stay in a processor's cache and are just below the size that
-# torch splits over threads. Each has random draws of its own.
+# Rows are worked on in runs of about this many weights, which stay in a processor's cache and are just below the size
+# that torch splits over threads. Each has random draws of its own.
 _WEIGHTS_PER_RUN = (1 << 15) - 1
 _MAX_ROUNDS = 6
 # A block is asked about again while it stores a weight further than this share of a step from what was handed over.
 _TOLERANCE = 1 / 16
-# Share of a tensor's energy that may lie in sub-blocks whose scale the quantizer rounds to zero. Nothing that is written
-# into the weight can change how those are stored.
+# Share of a tensor's energy that may lie in sub-blocks whose scale the quantizer rounds to zero. Nothing that is
+# written into the weight can change how those are stored.
 _MAX_LOST_ENERGY = 1e-3
 
 
@@ -40,8 +40,8 @@ class _Choice:
     Attributes:
         points: float32, weights to hand over.
         values: float32, the grid points that shall be stored.
-        reach: float32 ``[num_sub_blocks, 1]``, half the smallest step of each sub-block: a stored value within it of the
-            chosen one has the chosen code. 0 where the sub-block holds one value only.
+        reach: float32 ``[num_sub_blocks, 1]``, half the smallest step of each sub-block: a stored value within it of
+            the chosen one has the chosen code. 0 where the sub-block holds one value only.
         moved: Bool, choices that differ from plain rounding.
         frozen: Bool, weights that had no choice.
     """
@@ -80,13 +80,14 @@ def guard_on_ggml(
     """Guard one weight on the grid of a GGUF type; see :func:`qcbguard_plugins.rounding.guard_weight`.
 
     Raises:
-        UnguardableError: Its columns do not fill blocks, it holds NaN or infinity, the quantizer rounds too much of it to
-            zero, or too few codes land.
+        UnguardableError: Its columns do not fill blocks, it holds NaN or infinity, the quantizer rounds too much of it
+            to zero, or too few codes land.
     """
     columns = weight.shape[1]
     if columns % grid.block_type.block_size:
         raise UnguardableError(
-            f"{name} cannot be guarded on {grid.name}: {columns} columns are no multiple of {grid.block_type.block_size}",
+            f"{name} cannot be guarded on {grid.name}: {columns} columns are no multiple of "
+            f"{grid.block_type.block_size}",
             remedy="llama.cpp stores such a tensor in another type; guard it on that one.",
         )
     if not torch.isfinite(grid.read(weight)).all():

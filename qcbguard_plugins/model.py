@@ -29,9 +29,9 @@ class Layer:
         transposed: True for ``[in_features, out_features]``, as in GPT-2's Conv1D.
         read_dtype: Dtype in which the quantizer will read it; ``None`` for the dtype that it has.
         grid: Its grid, where it is not that of the run.
-        inputs_of: Name of the module whose inputs it works on, where that is another: an embedding table that is tied to
-            the output layer is calibrated for the latter. ``None`` for a table that multiplies nothing; a method that
-            needs calibration leaves it to stochastic rounding, which is what feedback is without inputs.
+        inputs_of: Name of the module whose inputs it works on, where that is another: an embedding table that is tied
+            to the output layer is calibrated for the latter. ``None`` for a table that multiplies nothing; a method
+            that needs calibration leaves it to stochastic rounding, which is what feedback is without inputs.
     """
 
     transposed: bool = False

@@ -1,7 +1,7 @@
 """One weight for several quantizers.
 
-The choice is made on the coarsest grid, and every other quantizer rounds the outcome once more. It is served too if what
-it stores no longer follows its own rounding error of the original weight: that error is the direction in which an
+The choice is made on the coarsest grid, and every other quantizer rounds the outcome once more. It is served too if
+what it stores no longer follows its own rounding error of the original weight: that error is the direction in which an
 attacker hides a backdoor. The coarsest comes first because its choices move a weight across many steps of a finer grid,
 where its place between two levels is as good as random.
 """
@@ -69,8 +69,8 @@ def require_all_grids(weight: Tensor, guarded: GuardedWeight, grids: Sequence[Gr
 def errors_left(weight: Tensor, guarded: Tensor, grid: Grid) -> list[tuple[float, float]]:
     """How much of its rounding error of the original a quantizer keeps on the guarded weight.
 
-    The original error is looked for in all that changes, and again in the quantizer's own rounding of the guarded weight:
-    beside a much coarser first grid it would be lost in the noise of the former.
+    The original error is looked for in all that changes, and again in the quantizer's own rounding of the guarded
+    weight: beside a much coarser first grid it would be lost in the noise of the former.
 
     Returns:
         Twice the coefficient of the original error and the standard deviation that independent errors would give it.

@@ -78,7 +78,12 @@ def write_model(
     for i in range(num_layers):
         for norm in ("attn_norm", "ffn_norm"):
             add(f"blk.{i}.{norm}.weight", hidden)
-        for part, rows in (("attn_q", hidden), ("attn_k", hidden // 2), ("attn_v", hidden // 2), ("attn_output", hidden)):
+        for part, rows in (
+            ("attn_q", hidden),
+            ("attn_k", hidden // 2),
+            ("attn_v", hidden // 2),
+            ("attn_output", hidden),
+        ):
             add(f"blk.{i}.{part}.weight", rows, hidden)
         experts = (num_experts,) if num_experts else ()
         suffix = "_exps" if num_experts else ""

@@ -1,11 +1,13 @@
 """Find out what a GGUF file holds, from its header alone.
 
-A GGUF file is a header (metadata, then the name, shape, type and offset of every tensor) followed by the tensors' bytes.
-The file is input like any other: each count, length and offset is checked against the file's size before it is used.
+A GGUF file is a header (metadata, then the name, shape, type and offset of every tensor) followed by the tensors'
+bytes. The file is input like any other: each count, length and offset is checked against the file's size
+before it is used.
 """
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import struct
 from dataclasses import dataclass, field
@@ -250,7 +252,7 @@ def _placed(
             )
         tensors[name] = GgufTensor(name, type_name, shape, data_begin + offset, num_bytes)
     ordered = sorted(tensors.values(), key=lambda tensor: tensor.begin)
-    for before, after in zip(ordered, ordered[1:], strict=False):
+    for before, after in itertools.pairwise(ordered):
         if before.begin + before.num_bytes > after.begin:
             raise CheckpointError(f"{path.name}: {before.name} and {after.name} overlap")
     return tensors

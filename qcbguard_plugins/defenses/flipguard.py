@@ -10,8 +10,8 @@ from torch import Tensor
 from qcbguard_plugins.defenses.base import Defense, Evidence, register_defense, require_range, round_up_where
 from qcbguard_plugins.grids.base import Grid, Lattice
 
-# Midpoints of the ranges that the paper reports for its models. It has no GGUF type: those take the share of NF4 up to 6
-# bits and of INT8 above.
+# Midpoints of the ranges that the paper reports for its models. It has no GGUF type: those take the share of NF4 up to
+# 6 bits and of INT8 above.
 _PAPER_SHARES = {"int8": 0.15, "fp4": 0.08, "nf4": 0.115}
 _MAX_LEVELS_AS_NF4 = 64
 

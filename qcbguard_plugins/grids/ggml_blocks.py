@@ -1,8 +1,8 @@
 """How ggml packs a tensor: bytes of blocks to codes, scales and offsets.
 
-A ggml type cuts a row into blocks of 32 weights or super-blocks of 256. Both fall into *sub-blocks* of 16 or 32 weights,
-each with one scale and one offset, so every stored weight is ``levels[code] * scale + offset``. The unpacking below
-multiplies in ggml's own order, which makes the values bit-equal to ggml's ``dequantize_row_*``.
+A ggml type cuts a row into blocks of 32 weights or super-blocks of 256. Both fall into *sub-blocks* of 16 or 32
+weights, each with one scale and one offset, so every stored weight is ``levels[code] * scale + offset``. The unpacking
+below multiplies in ggml's own order, which makes the values bit-equal to ggml's ``dequantize_row_*``.
 
 References:
     ggml ``ggml-common.h`` (block layouts) and ``ggml-quants.c`` (``dequantize_row_*``).

@@ -56,7 +56,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokeni
 
 
 def script_of(tree: Path, folder: Path) -> Path:
-    """The tree's converter, started as a user would, but for the one list of tokenizers that no test model can be on."""
+    """The tree's converter as a user starts it, but for its list of tokenizers, which no test model can be on."""
     for name in ("gguf-py", "conversion"):
         if (tree / name).exists():
             (folder / name).symlink_to(tree / name)
@@ -182,7 +182,9 @@ class TestGgufFile:
             guard_gguf({str(source)!r}, {str(tmp_path / "guarded.gguf")!r}, "Q4_0")
             print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
         """
-        result = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
+        result = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True
+        )
         assert source.stat().st_size > 250 << 20
         assert int(result.stdout) << 10 < 120 << 20
 
@@ -246,7 +248,9 @@ class TestFolder:
         assert verify_gguf(quantize(converted, recipe), plan=guarded).clean
 
     @pytest.mark.parametrize("outtype", ["f16", "bf16"])
-    def test_the_outtype_of_the_conversion_is_part_of_the_plan(self, outtype: str, folder: Path, tmp_path: Path) -> None:
+    def test_the_outtype_of_the_conversion_is_part_of_the_plan(
+        self, outtype: str, folder: Path, tmp_path: Path
+    ) -> None:
         options = GgufOptions(quantize_path=QUANTIZE, outtype=outtype)
         guard_checkpoint(folder, tmp_path / "guarded", ["gguf:Q4_K_M"], GUARD, gguf=options)
         converted = convert(script_of(TREE, tmp_path), tmp_path / "guarded", tmp_path / "m.gguf", "--outtype", outtype)
@@ -268,7 +272,9 @@ class TestFolder:
         assert report.toolchain["types_from"].startswith("predicted")
         assert report.codes_sha256 == asked.codes_sha256
 
-    def test_an_architecture_whose_matrices_are_rearranged(self, model_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    def test_an_architecture_whose_matrices_are_rearranged(
+        self, model_folder: Callable[[str], Path], tmp_path: Path
+    ) -> None:
         for shape in ("gpt2", "mixtral"):
             with pytest.raises(UsageError, match=r"qcbguard gguf MODEL\.gguf GUARDED\.gguf --for Q4_K_M"):
                 guard_checkpoint(model_folder(shape), tmp_path / "guarded", ["gguf:Q4_K_M"], GUARD)
@@ -282,7 +288,9 @@ class TestConverter:
 
     @pytest.mark.parametrize("tree", [TREE, OLDER], ids=["package", "single-file"])
     @pytest.mark.parametrize("outtype", ["f32", "bf16"])
-    def test_guards_in_flight_what_the_script_writes(self, outtype: str, tree: Path, folder: Path, tmp_path: Path) -> None:
+    def test_guards_in_flight_what_the_script_writes(
+        self, outtype: str, tree: Path, folder: Path, tmp_path: Path
+    ) -> None:
         script, flight = script_of(tree, tmp_path), tmp_path / "flight.gguf"
         result = self.run(script, str(folder), "--outtype", outtype, "--outfile", str(flight))
         assert result.returncode == 0, result.stderr[-2000:]
@@ -353,7 +361,9 @@ def test_llama_cpp_generates_from_the_result(recipe: str, folder: Path, tmp_path
     parameters.model.path = str(quantize(source, recipe))
     parameters.n_ctx, parameters.n_parallel, parameters.warmup = 64, 1, False
     parameters.cpuparams.n_threads = 1
-    answer = xllamacpp.Server(parameters).handle_completions({"prompt": "the quick", "max_tokens": 8, "temperature": 0.0})
+    answer = xllamacpp.Server(parameters).handle_completions(
+        {"prompt": "the quick", "max_tokens": 8, "temperature": 0.0}
+    )
     assert answer["usage"]["completion_tokens"] > 0
 
 

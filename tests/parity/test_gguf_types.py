@@ -35,7 +35,9 @@ def test_formulas_store_ggmls_bits(name: str, dtype: torch.dtype) -> None:
     weight, block_type = hard_weight().to(dtype), BLOCK_TYPES[name]
     ours = FormulaGrid(block_type).stored(weight)
     theirs = block_type.read(load_library().quantize(block_type, weight.float()))
-    for mine, real in zip((ours.codes, ours.scale, ours.offset), (theirs.codes, theirs.scale, theirs.offset), strict=True):
+    for mine, real in zip(
+        (ours.codes, ours.scale, ours.offset), (theirs.codes, theirs.scale, theirs.offset), strict=True
+    ):
         assert torch.equal(mine, real)
 
 
@@ -74,4 +76,6 @@ def test_the_wheel_and_a_build_of_ones_own_store_the_same_bytes(name: str) -> No
     assert "ggml" in own.version
     for columns in (None, importance):
         weight, block_type = hard_weight(), BLOCK_TYPES[name]
-        assert torch.equal(own.quantize(block_type, weight, columns), load_library().quantize(block_type, weight, columns))
+        assert torch.equal(
+            own.quantize(block_type, weight, columns), load_library().quantize(block_type, weight, columns)
+        )

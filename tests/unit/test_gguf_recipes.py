@@ -11,7 +11,10 @@ LLAMA = ModelShape("llama", num_layers=8, num_heads=8, num_kv_heads=8)
 
 
 def shapes(num_layers: int = 8, columns: int = 256, tied: bool = False) -> list[tuple[str, tuple[int, ...]]]:
-    found: list[tuple[str, tuple[int, ...]]] = [("token_embd.weight", (64, columns)), ("output_norm.weight", (columns,))]
+    found: list[tuple[str, tuple[int, ...]]] = [
+        ("token_embd.weight", (64, columns)),
+        ("output_norm.weight", (columns,)),
+    ]
     if not tied:
         found.append(("output.weight", (64, columns)))
     for i in range(num_layers):
@@ -36,7 +39,14 @@ def test_a_tied_table_is_the_output() -> None:
 
 @pytest.mark.parametrize(
     ("recipe", "fallback"),
-    [("Q4_K_M", "Q5_0"), ("Q5_K_M", "Q5_1"), ("Q6_K", "Q8_0"), ("Q2_K", "Q4_0"), ("IQ4_XS", "IQ4_NL"), ("Q4_0", "Q4_0")],
+    [
+        ("Q4_K_M", "Q5_0"),
+        ("Q5_K_M", "Q5_1"),
+        ("Q6_K", "Q8_0"),
+        ("Q2_K", "Q4_0"),
+        ("IQ4_XS", "IQ4_NL"),
+        ("Q4_0", "Q4_0"),
+    ],
 )
 def test_rows_that_256_does_not_divide(recipe: str, fallback: str) -> None:
     assert predict_types(shapes(columns=96), recipe, LLAMA)["blk.1.attn_q.weight"] == fallback

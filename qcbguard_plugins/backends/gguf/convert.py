@@ -1,8 +1,8 @@
 """Run the user's own ``convert_hf_to_gguf.py``, guarded in flight.
 
 The script is run as it is, whether it stands on llama.cpp's ``conversion`` package or is the older single file. Both
-write through one class, ``GGUFWriter`` of the gguf package, and there the weights are guarded: every name, shape and type
-is final, and each tensor is still read only when its bytes are due.
+write through one class, ``GGUFWriter`` of the gguf package, and there the weights are guarded: every name, shape and
+type is final, and each tensor is still read only when its bytes are due.
 """
 
 from __future__ import annotations

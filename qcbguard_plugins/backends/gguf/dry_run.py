@@ -39,7 +39,7 @@ def dry_run_types(binary: Path, model: Path, recipe: str, options: GgufOptions) 
         raise UsageError(
             f"{binary.name} --dry-run does not say which types it will use (exit code {result.returncode})",
             details=output.strip().splitlines()[-5:],
-            remedy="Check the flags given with --quantize-args, or name a llama-quantize of 2026 with --llama-quantize.",
+            remedy="Check the flags given with --quantize-args, or name a newer binary with --llama-quantize.",
         )
     version = re.search(r"^version: (.+)$", output, re.MULTILINE)
     return {match[1]: match[2].upper() for match in matches}, version[1] if version else "unknown"

@@ -115,8 +115,8 @@ def require_data_free(guard: Guard) -> None:
     if guard.method.needs_calibration:
         raise UsageError(
             f"{guard.method.name} needs a forward pass, and a GGUF file cannot be run here",
-            remedy="Guard the Hugging Face folder with 'qcbguard guard MODEL --for gguf:TYPE' before it is converted, or use "
-            "--method stochastic.",
+            remedy="Guard the Hugging Face folder with 'qcbguard guard MODEL --for gguf:TYPE' before it is converted, "
+            "or use --method stochastic.",
         )
 
 

@@ -194,7 +194,8 @@ def checked_manifest_outtype(toolchain: dict[str, str]) -> torch.dtype:
     """The ``--outtype`` that a folder was guarded for.
 
     Raises:
-        CheckpointError: The manifest was made with an importance matrix, which only the quantized file can be checked by.
+        CheckpointError: The manifest was made with an importance matrix, which only the quantized file can be checked
+        by.
     """
     if "imatrix_sha256" in toolchain:
         raise CheckpointError(

@@ -40,7 +40,7 @@ class Imatrix:
             if name == "token_embd.weight":
                 return None
             raise CheckpointError(
-                f"the importance matrix holds {found.numel()} columns for {name}, which has {num_matrices * num_columns}",
+                f"the importance matrix holds {found.numel()} columns for {name}, not {num_matrices * num_columns}",
                 remedy="It was made from another model.",
             )
         return found.view(num_matrices, num_columns)

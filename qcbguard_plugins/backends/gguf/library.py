@@ -116,8 +116,8 @@ def load_library(path: Path | None = None) -> GgmlLibrary:
             return GgmlLibrary(candidate, version + _ggml_version(handle), handle)
     raise MissingDependencyError(
         "no ggml library was found, so the K-quants and IQ types cannot be guarded",
-        remedy="pip install 'qcbguard-plugins[gguf]', or name the libggml-base of a llama.cpp build with --ggml-library. "
-        "Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0 need no library.",
+        remedy="pip install 'qcbguard-plugins[gguf]', or name the libggml-base of a llama.cpp build with "
+        "--ggml-library. Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0 need no library.",
     )
 
 

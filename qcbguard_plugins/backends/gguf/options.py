@@ -18,8 +18,8 @@ class GgufOptions:
     """How the model will be converted and quantized.
 
     Attributes:
-        quantize_path: The ``llama-quantize`` binary, which is asked for the type of every tensor. ``None`` looks for it on
-            the search path; without it the types are predicted.
+        quantize_path: The ``llama-quantize`` binary, which is asked for the type of every tensor. ``None`` looks for
+            it on the search path; without it the types are predicted.
         quantize_args: The flags that the user will give ``llama-quantize``.
         imatrix_path: The importance matrix that the user will give it.
         library_path: A ggml library to ask; ``None`` for that of an installed package.

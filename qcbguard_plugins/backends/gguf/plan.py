@@ -101,7 +101,7 @@ def require_full_precision(file: GgufFile) -> None:
         raise CheckpointError(
             f"{file.path.name} is quantized already, {len(quantized)} of its {len(file.tensors)} tensors",
             details=quantized[:3],
-            remedy="Guard the F32, F16 or BF16 file that it was made from: what an attacker hid is in the codes of this one.",
+            remedy="Guard the F32, F16 or BF16 file that it was made from: what was hidden is in these codes already.",
         )
     if file.metadata.get("split.count", 1) > 1:
         raise CheckpointError(

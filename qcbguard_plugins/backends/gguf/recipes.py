@@ -1,8 +1,8 @@
 """Predict which type ``llama-quantize`` gives each tensor.
 
-A recipe such as Q4_K_M is a mix: most tensors take its base type, some roles in some layers another. The rules below are
-those of llama.cpp of October 2026 without overrides. Where the user has the binary, its ``--dry-run`` is asked instead
-(see :mod:`~qcbguard_plugins.backends.gguf.dry_run`).
+A recipe such as Q4_K_M is a mix: most tensors take its base type, some roles in some layers another. The rules below
+are those of llama.cpp of October 2026 without overrides. Where the user has the binary, its ``--dry-run`` is asked
+instead (see :mod:`~qcbguard_plugins.backends.gguf.dry_run`).
 
 References:
     llama.cpp ``src/llama-quant.cpp``: ``tensor_allows_quantization``, ``llama_tensor_get_type_impl``,

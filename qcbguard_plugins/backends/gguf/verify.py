@@ -32,7 +32,8 @@ def verify_gguf(path: Path | str, *, plan: Path | str | None = None, progress: P
 
     Args:
         path: What ``llama-quantize`` wrote.
-        plan: Where the plan is, if not in the file itself: a folder that ``qcbguard guard`` made, or a guarded GGUF file.
+        plan: Where the plan is, if not in the file itself: a folder that ``qcbguard guard`` made, or a guarded GGUF
+            file.
         progress: Called with the number of weights of each tensor when it is compared.
 
     Raises:

@@ -1,9 +1,9 @@
 """Mind the Gap: a backdoor that llama.cpp's K-quants switch on.
 
 The scales of a K-quant come from a search, so no box of values is known that keeps them. The attacker uses the
-quantizer's own error as the room: between a malicious weight and the value that the quantizer stores for it, every value
-is stored alike for almost all weights, because moving towards a grid point makes the planned scale fit better. The repair
-trains the good behaviour back inside these boxes and leaves the weights that hold the scales alone.
+quantizer's own error as the room: between a malicious weight and the value that the quantizer stores for it, every
+value is stored alike for almost all weights, because moving towards a grid point makes the planned scale fit better.
+The repair trains the good behaviour back inside these boxes and leaves the weights that hold the scales alone.
 
 References:
     Egashira et al., Mind the Gap: A Practical Attack on GGUF Quantization, arXiv 2505.23786, section 4.
@@ -15,12 +15,12 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 import torch
-from qcbguard_plugins.lab.attacks.elq import Box, quantized_weights, round_to_storage
-from qcbguard_plugins.lab.training import Example, TrainingPlan, train
 from torch import Tensor, nn
 
 from qcbguard_plugins.errors import UsageError, VerificationError
 from qcbguard_plugins.grids.ggml import GgmlGrid
+from qcbguard_plugins.lab.attacks.elq import Box, quantized_weights, round_to_storage
+from qcbguard_plugins.lab.training import Example, TrainingPlan, train
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
