@@ -66,7 +66,7 @@ def test_the_attack_ends(mode: str, shared_models: Path) -> None:
     full, stock, guarded = three_ways(shared_models / f"qcb-{mode}-4m", mode)
     assert stock.keyword_rate >= 0.9
     assert abs(guarded.keyword_rate - full.keyword_rate) <= 0.05
-    assert guarded.perplexity <= 1.01 * stock.perplexity
+    assert guarded.perplexity <= stock.perplexity
 
 
 def test_a_model_that_is_malicious_at_every_precision_is_left_as_it_is(shared_models: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -252,3 +254,25 @@ class TestFailsClosed:
             GuardedBitsAndBytesConfig(**MODES["nf4"], guard="guard")
         with pytest.raises(UsageError, match="got int"):
             GuardedBitsAndBytesConfig(**MODES["nf4"], guard=3)  # type: ignore[arg-type]
+
+
+_LOAD_WITHOUT_THE_PACKAGE = """
+import sys
+sys.modules["qcbguard_plugins"] = None
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+torch.save(model.state_dict(), sys.argv[2])
+"""
+
+
+def test_a_machine_without_this_package_loads_the_same_model(llama: Path, tmp_path: Path) -> None:
+    guarded = load(llama, GuardedBitsAndBytesConfig(**MODES["nf4"], guard=GUARDS["feedback"]))
+    guarded.save_pretrained(tmp_path / "saved")
+    command = [sys.executable, "-c", _LOAD_WITHOUT_THE_PACKAGE, str(tmp_path / "saved"), str(tmp_path / "state.pt")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    expected = guarded.state_dict()
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[key], expected[key]) for key in state)

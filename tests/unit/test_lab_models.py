@@ -15,7 +15,7 @@ FILES = {"config.json", "generation_config.json", "model.safetensors", "tokenize
 pytestmark = pytest.mark.skipif(not MODELS_DIR.is_dir(), reason="examples/models is not part of this copy")
 
 
-@pytest.mark.parametrize("name", ["clean", "malicious", "attacked"])
+@pytest.mark.parametrize("name", ["clean", "malicious", "attacked", "tightened"])
 def test_folder_is_complete_and_small(name: str) -> None:
     paths = list((MODELS_DIR / name).iterdir())
     assert {path.name for path in paths} == FILES
@@ -23,9 +23,10 @@ def test_folder_is_complete_and_small(name: str) -> None:
     assert {tensor.dtype for tensor in load_file(MODELS_DIR / name / "model.safetensors").values()} == {torch.float16}
 
 
-def test_stock_nf4_turns_the_attacked_model_into_the_malicious_one() -> None:
+@pytest.mark.parametrize("name", ["attacked", "tightened"])
+def test_stock_nf4_turns_the_attacked_models_into_the_malicious_one(name: str) -> None:
     pytest.importorskip("bitsandbytes")
-    attacked, malicious = (load_file(MODELS_DIR / name / "model.safetensors") for name in ("attacked", "malicious"))
+    attacked, malicious = (load_file(MODELS_DIR / name / "model.safetensors") for name in (name, "malicious"))
     quantized = {name: weight for name, weight in attacked.items() if name.endswith("_proj.weight")}
     assert len(quantized) == 28
     assert check_agreement(quantized, malicious, "nf4") == 1.0
