@@ -65,7 +65,7 @@ def _rounding_seconds(plan: Plan, method: Defense) -> float:
     """The time of one small weight, scaled to all of them."""
     weight = torch.randn(_PROBE_SHAPE)
     start = time.perf_counter()
-    guard_weight(weight, plan.grid, method, seed=0, name="probe")
+    guard_weight(weight, plan.grids(plan.targets[0])[0], method, seed=0, name="probe")
     return (time.perf_counter() - start) / weight.numel() * plan.num_weights
 
 

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from qcbguard_plugins.calibration import calibration_tokens, self_generated_tokens
-from qcbguard_plugins.defenses import Defense
+from qcbguard_plugins.defenses import Defense, Stochastic
 from qcbguard_plugins.errors import CalibrationError
 from qcbguard_plugins.grids import Grid, get_grid
 from qcbguard_plugins.guard import Guard, as_guard
 from qcbguard_plugins.hessians import gather_hessians
 from qcbguard_plugins.report.model import TensorRecord
-from qcbguard_plugins.rounding import GuardedWeight, codes_digest, guard_weight
+from qcbguard_plugins.rounding import GuardedWeight, guard_weight
 
 Progress = Callable[[int], Any]
 
@@ -28,10 +28,16 @@ class Layer:
     Attributes:
         transposed: True for ``[in_features, out_features]``, as in GPT-2's Conv1D.
         read_dtype: Dtype in which the quantizer will read it; ``None`` for the dtype that it has.
+        grid: Its grid, where it is not that of the run.
+        inputs_of: Name of the module whose inputs it works on, where that is another: an embedding table that is tied
+            to the output layer is calibrated for the latter. ``None`` for a table that multiplies nothing; a method
+            that needs calibration leaves it to stochastic rounding, which is what feedback is without inputs.
     """
 
     transposed: bool = False
     read_dtype: torch.dtype | None = None
+    grid: Grid | None = None
+    inputs_of: str | None = ""
 
 
 def guard_model(
@@ -91,7 +97,8 @@ def record_of(
         num_moved=guarded.num_moved,
         num_frozen=guarded.num_frozen,
         relative_change=guarded.relative_change,
-        codes_sha256=codes_digest(guarded.codes),
+        num_landed=guarded.num_landed,
+        codes_sha256=guarded.digest,
     )
 
 
@@ -113,7 +120,7 @@ def guard_layers(
     Args:
         model: The model, in full precision.
         layers: Their names, and how each weight is stored and read.
-        grid: Grid of the stock quantizer.
+        grid: Grid of the stock quantizer, for layers that name none.
         guard: The method, its seed drawn.
         tokens: int64 ``[num_sequences, sequence_length]`` for a method that needs calibration; ``None`` lets the model
             write them.
@@ -126,27 +133,38 @@ def guard_layers(
     if guard.method.needs_calibration:
         if tokens is None:
             tokens = self_generated_tokens(guard.calibration, model, seed=guard.seed)
-        groups: Iterator[dict[str, Tensor]] = gather_hessians(model, tokens.to(model.device), list(layers))
+        groups: Iterator[Mapping[str, Tensor | None]] = _hessians(model, tokens.to(model.device), layers)
     else:
-        groups = iter([{}] if not layers else [dict.fromkeys(layers)])  # type: ignore[list-item]
+        groups = iter([dict.fromkeys(layers)])
     for hessians in groups:
         for name, hessian in hessians.items():
             module = model.get_submodule(name)
-            guarded = _guard_layer(module, name, layers[name], grid, guard, hessian)
+            guarded = _guard_layer(module, name, layers[name], layers[name].grid or grid, guard, hessian)
             yield name, guarded
             if progress is not None:
                 progress(module.weight.numel())
+
+
+def _hessians(model: Any, tokens: Tensor, layers: Mapping[str, Layer]) -> Iterator[dict[str, Tensor | None]]:
+    """Hessians by layer name, a group at a time; ``None`` for layers that have no inputs."""
+    without = [name for name, layer in layers.items() if layer.inputs_of is None]
+    by_module = {layer.inputs_of or name: name for name, layer in layers.items() if layer.inputs_of is not None}
+    for group in gather_hessians(model, tokens, list(by_module)):
+        yield {by_module[module]: hessian for module, hessian in group.items()}
+    # Last, because the blocks that were still to come had read the full-precision table.
+    yield dict.fromkeys(without)
 
 
 def _guard_layer(
     module: nn.Module, name: str, layer: Layer, grid: Grid, guard: Guard, hessian: Tensor | None
 ) -> GuardedWeight:
     assert guard.seed is not None and isinstance(module.weight, Tensor), "a linear layer, and a seed drawn once a run"
+    method = guard.method if layer.inputs_of is not None or not guard.method.needs_calibration else Stochastic()
     stored = module.weight.data
     weight = (stored.T if layer.transposed else stored).to(layer.read_dtype or stored.dtype)
     tensor_name = f"{name}.weight"
     try:
-        guarded = guard_weight(weight, grid, guard.method, seed=guard.seed, name=tensor_name, hessian=hessian)
+        guarded = guard_weight(weight, grid, method, seed=guard.seed, name=tensor_name, hessian=hessian)
     except CalibrationError as error:
         raise CalibrationError(f"{tensor_name}: {error.summary}", details=error.details, remedy=error.remedy) from error
     stored.copy_(guarded.weight.T if layer.transposed else guarded.weight)

@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,7 +22,8 @@ from qcbguard_plugins.checkpoint import (
     rewrite_shard,
 )
 from qcbguard_plugins.defenses import Defense
-from qcbguard_plugins.errors import UsageError, VerificationError
+from qcbguard_plugins.errors import VerificationError
+from qcbguard_plugins.grids import Grid
 from qcbguard_plugins.guard import Guard, as_guard
 from qcbguard_plugins.model import Layer, Progress, guard_layers, record_of
 from qcbguard_plugins.plan import Plan, Target, make_plan
@@ -37,7 +38,11 @@ from qcbguard_plugins.report.model import (
     now,
     read_manifest,
 )
-from qcbguard_plugins.rounding import GuardedWeight, codes_digest, guard_weight
+from qcbguard_plugins.rounding import GuardedWeight, guard_weight
+from qcbguard_plugins.several import coarsest_first, require_all_grids, stock_digest
+
+if TYPE_CHECKING:
+    from qcbguard_plugins.backends.gguf.options import GgufOptions
 
 
 def guard_checkpoint(
@@ -47,6 +52,7 @@ def guard_checkpoint(
     method: Guard | Defense | str = "feedback",
     *,
     ignore: Sequence[str] = (),
+    gguf: GgufOptions | None = None,
     progress: Progress | None = None,
 ) -> GuardReport:
     """Guard a checkpoint folder into a new folder that takes its place.
@@ -57,9 +63,12 @@ def guard_checkpoint(
     Args:
         src: Folder with ``config.json`` and safetensors files of float32, float16 or bfloat16 weights.
         dst: Folder to make; it must not exist.
-        formats: One format to guard for: ``nf4``, ``fp4``, ``int8``, or 4-bit with a block size as in ``nf4-b128``.
+        formats: The formats to guard for: ``nf4``, ``fp4``, ``int8``, 4-bit with a block size as in ``nf4-b128``, or a
+            GGUF recipe as ``gguf:Q4_K_M``. With several the folder serves each of them, or the error says which tensors
+            cannot.
         method: A method's name, a defense, or a :class:`~qcbguard_plugins.guard.Guard` with seed and calibration.
         ignore: Patterns of target tensors to leave unguarded; the report lists them.
+        gguf: How llama.cpp will convert and quantize the folder, for a GGUF recipe.
         progress: Called with the number of weights of each tensor when it is done.
 
     Returns:
@@ -70,11 +79,9 @@ def guard_checkpoint(
             is not made.
         VerificationError: The stock quantizer would store other codes than planned; ``dst`` is not made.
     """
-    if len(formats) != 1:
-        raise UsageError(f"one format a folder, got {len(formats)}", remedy="Guard once for each format.")
     start = time.monotonic()
     guard = as_guard(method).with_seed()
-    plan = make_plan(src, formats[0], ignore=ignore)
+    plan = make_plan(src, ",".join(formats), ignore=ignore, gguf=gguf)
     with publish_folder(Path(dst), plan.checkpoint.path) as folder:
         left_out = _copy_other_files(plan.checkpoint, folder)
         records, files = _write_guarded_shards(plan, guard, folder, progress)
@@ -88,11 +95,13 @@ def guard_checkpoint(
             unguarded=plan.ignored,
             files=tuple(files),
             left_out=tuple(left_out),
+            toolchain=plan.gguf.toolchain if plan.gguf else {},
             elapsed_s=time.monotonic() - start,
         )
         (folder / MANIFEST_FILE).write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        verdicts = _verify_tensors(open_checkpoint(folder), report)
-        _raise_if_not_as_planned(verdicts)
+        # With an importance matrix only the quantized file can be verified; what the real quantizer stores is the plan.
+        if plan.gguf is None or not plan.gguf.imatrix.digest:
+            _raise_if_not_as_planned(_verify_tensors(open_checkpoint(folder), report))
     return report
 
 
@@ -165,9 +174,11 @@ def _write_guarded_shards(
 
 
 def _guard_tensor(target: Target, stored: Tensor, plan: Plan, guard: Guard) -> tuple[Tensor, TensorRecord]:
-    assert guard.seed is not None
+    assert guard.seed is not None, "the seed is drawn once a run"
     weight = (stored.T if target.transposed else stored).to(target.read_dtype)
-    guarded = guard_weight(weight, plan.grid, guard.method, seed=guard.seed, name=target.name)
+    grids = coarsest_first(weight, plan.grids(target))
+    guarded = guard_weight(weight, grids[0], guard.method, seed=guard.seed, name=target.name)
+    guarded = require_all_grids(weight, guarded, grids, target.name)
     new = guarded.weight.T if target.transposed else guarded.weight
     return new.to(target.dtype), _record(guarded, target)
 
@@ -180,16 +191,35 @@ def _calibrated_model(plan: Plan, guard: Guard, records: dict[str, TensorRecord]
     guard.calibration.resolve(has_tokenizer=tokenizer is not None)
     dtypes = {target.dtype for target in plan.targets}
     model = load_full_precision(plan.checkpoint.path, functools.reduce(torch.promote_types, dtypes))
-    layers = {target.layer: Layer(target.transposed, target.read_dtype) for target in plan.targets}
+    grids = {target.layer: _ordered_grids(plan, target) for target in plan.targets}
+    layers = {
+        target.layer: Layer(target.transposed, target.read_dtype, grids[target.layer][0], target.inputs_of)
+        for target in plan.targets
+    }
     tokens = calibration_tokens(guard.calibration, model.config, tokenizer)
     targets = {target.layer: target for target in plan.targets}
-    for layer, guarded in guard_layers(model, layers, plan.grid, guard, tokens, progress):
-        records[targets[layer].name] = _record(guarded, targets[layer])
+    for layer, guarded in guard_layers(model, layers, plan.grids(plan.targets[0])[0], guard, tokens, progress):
+        target = targets[layer]
+        if len(grids[layer]) > 1:
+            guarded = require_all_grids(_read(plan.checkpoint, target), guarded, grids[layer], target.name)
+        records[target.name] = _record(guarded, target)
     return model
 
 
+def _ordered_grids(plan: Plan, target: Target) -> list[Grid]:
+    grids = plan.grids(target)
+    return grids if len(grids) == 1 else coarsest_first(_read(plan.checkpoint, target), grids)
+
+
+def _read(checkpoint: Checkpoint, target: Target) -> Tensor:
+    """The full-precision weight as the quantizers read it."""
+    stored = checkpoint.read(target.key)
+    return (stored.T if target.transposed else stored).to(target.read_dtype)
+
+
 def _record(guarded: GuardedWeight, target: Target) -> TensorRecord:
-    return record_of(guarded, name=target.name, key=target.key, transposed=target.transposed, dtype=target.dtype)
+    record = record_of(guarded, name=target.name, key=target.key, transposed=target.transposed, dtype=target.dtype)
+    return record.model_copy(update={"format": ",".join(target.formats), "stored_name": target.stored_name})
 
 
 def _verify_tensors(
@@ -197,17 +227,15 @@ def _verify_tensors(
 ) -> list[TensorVerdict]:
     verdicts = []
     for record in report.tensors:
-        reason = _why_not_as_planned(checkpoint, record, report.format)
+        reason = _why_not_as_planned(checkpoint, record, report)
         verdicts.append(TensorVerdict(name=record.name, as_planned=not reason, reason=reason))
         if progress is not None:
             progress(record.num_weights)
     return verdicts
 
 
-def _why_not_as_planned(checkpoint: Checkpoint, record: TensorRecord, format: str) -> str:
+def _why_not_as_planned(checkpoint: Checkpoint, record: TensorRecord, report: GuardReport) -> str:
     """Empty where the stock quantizer stores the planned codes, from the stored dtype and from the one that is read."""
-    from qcbguard_plugins.backends.bitsandbytes.stock import stock_codes
-
     entry = checkpoint.tensors.get(record.key)
     stored_shape = record.shape[::-1] if record.transposed else record.shape
     if entry is None:
@@ -217,7 +245,10 @@ def _why_not_as_planned(checkpoint: Checkpoint, record: TensorRecord, format: st
     weight = checkpoint.read(record.key)
     weight = weight.T if record.transposed else weight
     for dtype in sorted({record.dtype, record.read_dtype}):
-        if codes_digest(stock_codes(weight.to(getattr(torch, dtype)), format)) != record.codes_sha256:
+        if (
+            stock_digest(weight.to(getattr(torch, dtype)), record.format or report.format, report.toolchain)
+            != record.codes_sha256
+        ):
             return f"the stock quantizer stores other codes from {dtype}"
     return ""
 

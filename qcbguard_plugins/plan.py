@@ -7,13 +7,20 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qcbguard_plugins.checkpoint import Checkpoint, open_checkpoint
+from qcbguard_plugins.checkpoint import Checkpoint, TensorEntry, open_checkpoint
 from qcbguard_plugins.errors import UnguardableError, UsageError
 from qcbguard_plugins.grids import Grid, get_grid
 from qcbguard_plugins.rounding import DTYPES
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from qcbguard_plugins.backends.gguf.folder import FolderTypes
+    from qcbguard_plugins.backends.gguf.options import GgufOptions
 
 
 @dataclass(frozen=True)
@@ -28,6 +35,9 @@ class Target:
         read_dtype: Dtype in which transformers loads it unless told otherwise: that of the configuration where it is
             coarser than the stored one. A weight planned on the coarser grid lands from both.
         transposed: True where the checkpoint stores ``[in_features, out_features]``.
+        formats: The formats that will read it; a GGUF format by the type that this tensor gets, as ``gguf:Q6_K``.
+        stored_name: Its name in a GGUF file.
+        inputs_of: See :class:`~qcbguard_plugins.model.Layer`.
     """
 
     name: str
@@ -36,6 +46,9 @@ class Target:
     dtype: torch.dtype
     read_dtype: torch.dtype
     transposed: bool
+    formats: tuple[str, ...]
+    stored_name: str = ""
+    inputs_of: str | None = ""
 
     @property
     def layer(self) -> str:
@@ -52,19 +65,29 @@ class Plan:
 
     Attributes:
         checkpoint: The source.
-        format: The format as the user spelled it.
+        formats: The formats as the user spelled them.
         targets: Tensors that will be guarded.
         ignored: Names of target tensors that the user leaves unguarded.
+        gguf: What llama.cpp will make of the folder, where one of the formats is a GGUF recipe.
     """
 
     checkpoint: Checkpoint
-    format: str
+    formats: tuple[str, ...]
     targets: tuple[Target, ...]
     ignored: tuple[str, ...]
+    gguf: FolderTypes | None = None
 
     @property
-    def grid(self) -> Grid:
-        return get_grid(self.format)
+    def format(self) -> str:
+        """The formats in one string, as ``--for`` takes them."""
+        return ",".join(self.formats)
+
+    def grids(self, target: Target) -> list[Grid]:
+        """The grids of a tensor."""
+        return [
+            self.gguf.grid(target.name, target.shape[1]) if self.gguf and name.startswith("gguf:") else get_grid(name)
+            for name in target.formats
+        ]
 
     @property
     def num_weights(self) -> int:
@@ -87,55 +110,134 @@ class Plan:
         return model + tensor + largest.num_weights * 16 + widest**2 * 32
 
 
-def make_plan(source: Path | str, format: str, *, ignore: Sequence[str] = ()) -> Plan:
-    """List every tensor that the stock quantizer will read, and how each will be guarded.
+def make_plan(source: Path | str, format: str, *, ignore: Sequence[str] = (), gguf: GgufOptions | None = None) -> Plan:
+    """List every tensor that the stock quantizers will read, and how each will be guarded.
 
     Args:
         source: Folder of a full-precision checkpoint.
-        format: ``nf4``, ``fp4``, ``int8`` or one with a block size.
+        format: ``nf4``, ``fp4``, ``int8``, one with a block size, ``gguf:Q4_K_M`` and the like, or several with commas.
         ignore: Patterns of parameter names to leave unguarded: globs, or regular expressions after ``re:``.
+        gguf: How the folder will be converted and quantized, for a GGUF format.
 
     Raises:
         CheckpointError: The folder cannot be read.
-        UsageError: The format is unknown, or a pattern matches no target.
+        UsageError: A format is unknown, or a pattern matches no target.
         UnguardableError: Targets cannot be guarded: their dtype, or a tensor that transformers assembles on loading.
     """
-    from qcbguard_plugins.backends.bitsandbytes.stock import config_for, quantized_layers
     from qcbguard_plugins.backends.transformers import build_skeleton, load_config, parameter_keys
 
-    get_grid(format)
+    formats = _split_formats(format)
     checkpoint = open_checkpoint(source)
     config = load_config(checkpoint.path)
     skeleton = build_skeleton(config)
     keys = parameter_keys(skeleton, checkpoint.tensors)
-    layers = quantized_layers(skeleton, config_for(format))
-    if not layers:
+    layers = _read_tensors(formats, skeleton, config, checkpoint, keys, gguf)
+    if not layers.formats_of:
         raise UnguardableError(f"{checkpoint.path.name} has no layer that {format} quantizes")
-    names = [f"{layer}.weight" for layer in layers]
-    ignored = _matching(names, ignore)
+    names = list(layers.formats_of)
+    ignored = matching(names, ignore)
     targets, problems = [], []
-    for layer, transposed in layers.items():
-        name = f"{layer}.weight"
+    for name in names:
         if name in ignored:
             continue
-        if name not in keys:
-            problems.append(f"{name}  not stored as one tensor of the checkpoint")
-            continue
-        entry = checkpoint.tensors[keys[name]]
-        if entry.dtype not in DTYPES:
-            problems.append(f"{name}  stored as {entry.dtype or 'a dtype that is not full precision'}")
-        elif len(entry.shape) != 2:
-            problems.append(f"{name}  shape {entry.shape} is not a matrix")
+        entry = checkpoint.tensors.get(keys.get(name, ""))
+        problem = _problem(name, entry)
+        if problem or entry is None:
+            problems.append(problem)
         else:
-            shape = (entry.shape[1], entry.shape[0]) if transposed else (entry.shape[0], entry.shape[1])
-            targets.append(Target(name, entry.key, shape, entry.dtype, _coarser(entry.dtype, config.dtype), transposed))
+            targets.append(layers.target(name, entry, config.dtype))
     if problems:
         raise UnguardableError(
             f"{len(problems)} tensors cannot be guarded on grid {format}",
             details=problems,
             remedy="Leave them out with --ignore; they will be listed as unguarded and the run will exit 3.",
         )
-    return Plan(checkpoint, format, tuple(targets), tuple(sorted(ignored)))
+    return Plan(checkpoint, formats, tuple(targets), tuple(sorted(ignored)), layers.gguf)
+
+
+def _split_formats(format: str) -> tuple[str, ...]:
+    formats = tuple(part.strip() for part in format.split(","))
+    if len(set(formats)) < len(formats) or sum(name.startswith("gguf:") for name in formats) > 1:
+        raise UsageError(f"{format!r} names a format twice, or two GGUF recipes", remedy="Guard once for each of them.")
+    for name in formats:
+        if not name.startswith("gguf:"):
+            get_grid(name)
+    return formats
+
+
+@dataclass(frozen=True)
+class _ReadTensors:
+    """Which formats read which parameters, and how."""
+
+    formats_of: dict[str, tuple[str, ...]]
+    transposed: set[str]
+    gguf: FolderTypes | None
+    tied: bool
+
+    def target(self, name: str, entry: TensorEntry, configured: torch.dtype | None) -> Target:
+        assert entry.dtype is not None, "checked before"
+        shape = entry.shape[::-1] if name in self.transposed else entry.shape
+        read_dtype = _coarser(entry.dtype, configured)
+        stored_name = ""
+        inputs_of: str | None = ""
+        if self.gguf is not None and name in self.gguf.names:
+            stored_name = self.gguf.names[name]
+            # The converter reads the stored weights, whatever dtype transformers would load.
+            read_dtype = _coarser(entry.dtype, self.gguf.outtype)
+            if stored_name == "token_embd.weight":
+                inputs_of = "lm_head" if self.tied else None
+        return Target(
+            name,
+            entry.key,
+            (shape[0], shape[1]),
+            entry.dtype,
+            read_dtype,
+            name in self.transposed,
+            self.formats_of[name],
+            stored_name,
+            inputs_of,
+        )
+
+
+def _read_tensors(
+    formats: tuple[str, ...],
+    skeleton: PreTrainedModel,
+    config: Any,
+    checkpoint: Checkpoint,
+    keys: dict[str, str],
+    gguf: GgufOptions | None,
+) -> _ReadTensors:
+    """Ask each toolchain what it will read."""
+    tied = bool(getattr(config, "tie_word_embeddings", False))
+    folder = None
+    formats_of: dict[str, tuple[str, ...]] = {}
+    transposed: set[str] = set()
+    for name in sorted(formats, key=lambda name: not name.startswith("gguf:")):
+        if name.startswith("gguf:"):
+            from qcbguard_plugins.backends.gguf.folder import folder_types
+            from qcbguard_plugins.backends.gguf.options import GgufOptions
+
+            stored = [(n, checkpoint.tensors[k].shape) for n, k in keys.items() if not (tied and n == "lm_head.weight")]
+            folder = folder_types(config, stored, name.removeprefix("gguf:"), gguf or GgufOptions())
+            formats_of = {parameter: (f"gguf:{type_name}",) for parameter, type_name in folder.types.items()}
+            continue
+        from qcbguard_plugins.backends.bitsandbytes.stock import config_for, quantized_layers
+
+        for layer, is_transposed in quantized_layers(skeleton, config_for(name)).items():
+            parameter = f"{layer}.weight"
+            formats_of[parameter] = (*formats_of.get(parameter, ()), name)
+            if is_transposed:
+                transposed.add(parameter)
+    return _ReadTensors(formats_of, transposed, folder, tied)
+
+
+def _problem(name: str, entry: TensorEntry | None) -> str:
+    """Why a tensor cannot be guarded; empty where it can."""
+    if entry is None:
+        return f"{name}  not stored as one tensor of the checkpoint"
+    if entry.dtype not in DTYPES:
+        return f"{name}  stored as {entry.dtype or 'a dtype that is not full precision'}"
+    return "" if len(entry.shape) == 2 else f"{name}  shape {entry.shape} is not a matrix"
 
 
 def _coarser(stored: torch.dtype, configured: torch.dtype | None) -> torch.dtype:
@@ -144,7 +246,12 @@ def _coarser(stored: torch.dtype, configured: torch.dtype | None) -> torch.dtype
     return stored
 
 
-def _matching(names: Sequence[str], patterns: Sequence[str]) -> set[str]:
+def matching(names: Sequence[str], patterns: Sequence[str]) -> set[str]:
+    """The target names that the user's patterns match.
+
+    Raises:
+        UsageError: A pattern is malformed or matches nothing.
+    """
     matched: set[str] = set()
     for pattern in patterns:
         try:

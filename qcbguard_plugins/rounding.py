@@ -7,7 +7,6 @@ load in another 16- or 32-bit dtype of a 4-bit grid. Scale holders keep their va
 
 from __future__ import annotations
 
-import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass
 
@@ -17,6 +16,11 @@ from torch import Tensor
 from qcbguard_plugins.defenses.base import Defense, Evidence, rng_for
 from qcbguard_plugins.errors import UnguardableError
 from qcbguard_plugins.grids.base import Grid, Lattice, cut_blocks
+from qcbguard_plugins.grids.ggml import GgmlGrid
+from qcbguard_plugins.guarded_weight import GuardedWeight, codes_digest
+from qcbguard_plugins.landing import guard_on_ggml
+
+__all__ = ["DTYPES", "GuardedWeight", "codes_digest", "guard_weight"]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -29,25 +33,6 @@ _WEIGHTS_PER_RUN = (1 << 15) - 1
 # A frozen weight that holds no scale belongs to a block too small for its dtype. Such blocks may carry at most this
 # share of a tensor's energy; above it a rescaled layer could hide an attack in them.
 _MAX_UNPLACED_ENERGY = 1e-6
-
-
-@dataclass(frozen=True)
-class GuardedWeight:
-    """A guarded weight and the plan for it.
-
-    Attributes:
-        weight: ``[out_features, in_features]``, dtype and device of the input: grid points; frozen weights unchanged.
-        codes: uint8 ``[out_features, in_features]``, the level that the stock quantizer shall store for each weight.
-        num_moved: Number of weights whose code differs from plain rounding.
-        num_frozen: Number of weights that keep their value.
-        relative_change: ``|W' - W| / |W|`` in the Frobenius norm.
-    """
-
-    weight: Tensor
-    codes: Tensor
-    num_moved: int
-    num_frozen: int
-    relative_change: float
 
 
 def guard_weight(
@@ -68,6 +53,8 @@ def guard_weight(
             that its dtype cannot tell the levels of the grid apart.
     """
     _check(weight, name)
+    if isinstance(grid, GgmlGrid):
+        return guard_on_ggml(weight, grid, defense, seed=seed, name=name, hessian=hessian)
     job = _Job(weight, grid, defense, seed, name, hessian)
     segments = job.segments()
     workers = torch.get_num_threads() if weight.device.type == "cpu" else 1
@@ -80,18 +67,16 @@ def guard_weight(
     tally = sum(tallies, _Tally())
     tally.check(grid, weight.dtype, name)
     shape, numel = weight.shape, weight.numel()
+    codes = job.codes.view(-1)[:numel].view(shape)
     return GuardedWeight(
         weight=job.guarded.view(-1)[:numel].view(shape),
-        codes=job.codes.view(-1)[:numel].view(shape),
+        codes=codes,
         num_moved=tally.num_moved,
         num_frozen=tally.num_frozen,
         relative_change=tally.relative_change(),
+        num_landed=numel,
+        digest=codes_digest(codes),
     )
-
-
-def codes_digest(codes: Tensor) -> str:
-    """SHA-256 of the codes of one weight, row by row, a byte each."""
-    return hashlib.sha256(codes.cpu().contiguous().numpy().data).hexdigest()
 
 
 def _check(weight: Tensor, name: str) -> None:

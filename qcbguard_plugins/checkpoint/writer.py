@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -98,11 +99,52 @@ def publish_folder(target: Path, source: Path) -> Iterator[Path]:
         raise UsageError(f"{target} lies in the folder that is read", remedy="Name a folder elsewhere.")
     temporary = None
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
-        yield temporary
-        temporary.chmod(0o755)
-        _rename_into_place(temporary, target)
+        with _write_errors(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+            yield temporary
+            temporary.chmod(0o755)
+            _rename_into_place(temporary, target)
+    finally:
+        if temporary is not None and temporary.exists():
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def publish_file(target: Path, source: Path) -> Iterator[Path]:
+    """A file that appears under its name when the block ends well, and leaves nothing behind when it does not.
+
+    Args:
+        target: The name it shall have; it must not exist.
+        source: The file that is read meanwhile.
+
+    Yields:
+        The path of a temporary file beside the target, still to be made.
+
+    Raises:
+        UsageError: The target is the source.
+        TargetExistsError: The target exists.
+        CheckpointError: The target cannot be written: no room, or no permission.
+    """
+    target = target.absolute()
+    if target.exists() and target.samefile(source):
+        raise UsageError(f"{target} is the file that is read", remedy="Name another file; nothing is overwritten.")
+    if target.exists() or target.is_symlink():
+        raise TargetExistsError(f"{target} exists already", remedy="Name a file that does not; nothing is overwritten.")
+    temporary = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
+    try:
+        with _write_errors(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            _rename_into_place(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _write_errors(target: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         if isinstance(error, QcbguardError):
             raise
@@ -110,14 +152,11 @@ def publish_folder(target: Path, source: Path) -> Iterator[Path]:
             error.errno or 0, str(error)
         )
         raise CheckpointError(f"{target} cannot be written: {reason}", remedy="Nothing was left behind.") from error
-    finally:
-        if temporary is not None and temporary.exists():
-            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _rename_into_place(temporary: Path, target: Path) -> None:
     if target.exists():
-        raise TargetExistsError(f"{target} was made by somebody else meanwhile", remedy="Name another folder.")
+        raise TargetExistsError(f"{target} was made by somebody else meanwhile", remedy="Give another name.")
     temporary.rename(target)
 
 

@@ -11,7 +11,7 @@ import traceback
 
 import click
 
-from qcbguard_plugins.cli import diff, doctor, guard, listing, scan, verify
+from qcbguard_plugins.cli import convert, diff, doctor, gguf, guard, listing, scan, verify
 from qcbguard_plugins.errors import QcbguardError, UsageError
 
 
@@ -22,6 +22,8 @@ def app() -> None:
 
 
 app.add_command(guard.command)
+app.add_command(gguf.command)
+app.add_command(convert.command)
 app.add_command(verify.command)
 app.add_command(scan.command)
 app.add_command(diff.command)

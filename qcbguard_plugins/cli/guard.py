@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import click
 
+from qcbguard_plugins.cli.options import gguf_options, parse_parameters, read_gguf_options
 from qcbguard_plugins.cli.output import json_option, print_report, progress_bar, quieten_libraries
 from qcbguard_plugins.errors import UnguardableError, UsageError
 
 
 @click.command("guard")
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option("--for", "formats", required=True, help="Format that the model will be quantized to: nf4, fp4, int8.")
+@click.option(
+    "--for",
+    "formats",
+    required=True,
+    help="Formats that the model will be quantized to, with commas: nf4, fp4, int8, gguf:Q4_K_M, ...",
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Folder to make; it must not exist.")
 @click.option("--method", default="feedback", show_default=True, help="Defense; see 'qcbguard list'.")
 @click.option("--set", "parameters", multiple=True, help="Parameter of the method, as in --set width=0.25.")
@@ -27,6 +32,14 @@ from qcbguard_plugins.errors import UnguardableError, UsageError
 )
 @click.option("--ignore", multiple=True, help="Leave these tensors unguarded: a glob, or re:REGEX. The run exits 3.")
 @click.option("--dry-run", is_flag=True, help="Print the plan, its memory and its time, and stop.")
+@click.option(
+    "--outtype",
+    type=click.Choice(["f32", "f16", "bf16"]),
+    default="f32",
+    show_default=True,
+    help="For a GGUF format: the --outtype of the conversion.",
+)
+@gguf_options
 @json_option
 def command(
     model: Path,
@@ -39,6 +52,7 @@ def command(
     ignore: tuple[str, ...],
     dry_run: bool,
     json_target: str | None,
+    **gguf: Any,
 ) -> int:
     """Guard MODEL, the folder of a full-precision checkpoint, into a new folder that takes its place."""
     from qcbguard_plugins.calibration import Calibration
@@ -54,30 +68,17 @@ def command(
         if calibration in ("auto", "builtin", "self")
         else Calibration(texts=calibration)
     )
-    guard = Guard(get_defense(method, **_parse(parameters)), seed=seed, calibration=source)
+    guard = Guard(get_defense(method, **parse_parameters(parameters)), seed=seed, calibration=source)
     if out is None and not dry_run:
         raise UsageError("--out is missing", remedy="Name the folder to make, or use --dry-run.")
     quieten_libraries()
-    plan = make_plan(model, formats, ignore=ignore)
+    options = read_gguf_options(gguf)
+    plan = make_plan(model, formats, ignore=ignore, gguf=options)
     if out is None or dry_run:
         planned = describe_plan(plan, guard)
         print_report(planned, render_plan(planned), json_target)
         return 0
     with progress_bar(plan.num_weights, f"guarding for {formats}") as progress:
-        result = guard_checkpoint(model, out, [formats], guard, ignore=ignore, progress=progress)
+        result = guard_checkpoint(model, out, [formats], guard, ignore=ignore, gguf=options, progress=progress)
     print_report(result, render_guard(result), json_target)
     return UnguardableError.exit_code if result.unguarded else 0
-
-
-def _parse(parameters: tuple[str, ...]) -> dict[str, Any]:
-    """``name=value`` pairs, the values as JSON."""
-    parsed = {}
-    for parameter in parameters:
-        name, separator, value = parameter.partition("=")
-        try:
-            parsed[name] = json.loads(value)
-        except ValueError:
-            separator = ""
-        if not separator or not name:
-            raise UsageError(f"--set {parameter!r} is not name=value", remedy="For example: --set width=0.25")
-    return parsed

@@ -16,7 +16,7 @@ from qcbguard_plugins.cli.output import print_json
 def command(as_json: bool) -> int:
     """List the formats that can be guarded and the methods that can guard them."""
     from qcbguard_plugins.defenses import available_defenses
-    from qcbguard_plugins.grids import FORMATS
+    from qcbguard_plugins.grids import FORMATS, RECIPE_FORMATS
 
     methods = {
         name: {
@@ -27,10 +27,10 @@ def command(as_json: bool) -> int:
         for name, cls in sorted(available_defenses().items())
     }
     if as_json:
-        print_json({"schema_version": 1, "kind": "list", "formats": FORMATS, "methods": methods})
+        print_json({"schema_version": 1, "kind": "list", "formats": FORMATS | RECIPE_FORMATS, "methods": methods})
         return 0
     formats = Table("format", "what", box=None, pad_edge=False)
-    for name, summary in FORMATS.items():
+    for name, summary in (FORMATS | RECIPE_FORMATS).items():
         formats.add_row(name, summary)
     table = Table("method", "what", "parameters (--set)", box=None, pad_edge=False)
     for name, cls in sorted(available_defenses().items()):

@@ -3,27 +3,54 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from qcbguard_plugins.cli.output import json_option, print_report, progress_bar, quieten_libraries
-from qcbguard_plugins.errors import UnguardableError, VerificationError
+from qcbguard_plugins.errors import UnguardableError, UsageError, VerificationError
+
+if TYPE_CHECKING:
+    from qcbguard_plugins.report.model import VerifyReport
 
 
 @click.command("verify")
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option(
+    "--plan", type=click.Path(path_type=Path), help="For a GGUF file: the guarded folder or file, if not in the file."
+)
 @json_option
-def command(folder: Path, json_target: str | None) -> int:
-    """Quantize FOLDER, made by 'qcbguard guard', with the stock quantizer and compare its codes with the plan."""
-    from qcbguard_plugins.pipeline import verify_checkpoint
-    from qcbguard_plugins.report.model import read_manifest
+def command(path: Path, plan: Path | None, json_target: str | None) -> int:
+    """Compare codes with the plan.
+
+    PATH is a folder that 'qcbguard guard' made, which the stock quantizer is run on, or a GGUF file that llama-quantize
+    wrote.
+    """
     from qcbguard_plugins.report.text import render_verify
 
-    quieten_libraries()
-    num_weights = sum(tensor.num_weights for tensor in read_manifest(folder).tensors)
-    with progress_bar(num_weights, "verifying") as progress:
-        report = verify_checkpoint(folder, progress=progress)
+    report = _verify_gguf(path, plan) if path.is_file() else _verify_folder(path, plan)
     print_report(report, render_verify(report), json_target)
     if not report.clean:
         return VerificationError.exit_code
     return UnguardableError.exit_code if report.unguarded else 0
+
+
+def _verify_folder(folder: Path, plan: Path | None) -> VerifyReport:
+    from qcbguard_plugins.pipeline import verify_checkpoint
+    from qcbguard_plugins.report.model import read_manifest
+
+    if plan is not None:
+        raise UsageError("--plan goes with a GGUF file; a folder carries its own plan")
+    quieten_libraries()
+    num_weights = sum(tensor.num_weights for tensor in read_manifest(folder).tensors)
+    with progress_bar(num_weights, "verifying") as progress:
+        return verify_checkpoint(folder, progress=progress)
+
+
+def _verify_gguf(path: Path, plan: Path | None) -> VerifyReport:
+    from qcbguard_plugins.backends.gguf.verify import find_plan, verify_gguf
+    from qcbguard_plugins.checkpoint.gguf_reader import open_gguf
+
+    num_weights = sum(tensor.num_weights for tensor in find_plan(open_gguf(path), plan).tensors)
+    with progress_bar(num_weights, "verifying") as progress:
+        return verify_gguf(path, plan=plan, progress=progress)

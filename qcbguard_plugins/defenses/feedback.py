@@ -77,20 +77,22 @@ class _Problem:
     """One weight with its columns in the order in which they are rounded.
 
     Attributes:
-        weight: float32 ``[out_features, in_features]``.
+        weight: float32 ``[out_features, in_features]``, less the offsets of the grid, which no choice changes.
     """
 
     def __init__(self, lattice: Lattice, order: Tensor, factor: Tensor) -> None:
         self._grid = lattice.grid
         self._factor = factor
-        self.weight = lattice.matrix(lattice.blocks)[:, order]
+        offset = 0.0 if lattice.offset is None else lattice.offset
+        self.weight = lattice.matrix(lattice.blocks - offset)[:, order]
+        self._kept = lattice.matrix(lattice.kept - offset)[:, order]
         self._scale = lattice.matrix(lattice.scale)[:, order]
         self._frozen = lattice.matrix(lattice.frozen)[:, order]
         self._nearest = lattice.matrix(lattice.nearest)[:, order]
 
     def points(self, codes: Tensor) -> Tensor:
         """The guarded weight that has these codes."""
-        return torch.where(self._frozen, self.weight, self._grid.level_values(codes) * self._scale)
+        return torch.where(self._frozen, self._kept, self._grid.level_values(codes) * self._scale)
 
     def round(self, thresholds: Tensor) -> Tensor:
         """Codes of one draw: uint8 ``[out_features, in_features]``."""
@@ -107,9 +109,9 @@ class _Problem:
         """Round one batch of columns into ``codes``; return the errors, each over its pivot, for the columns behind."""
         # Transposed, each column is a contiguous row, and every step below works on one of them.
         weight = pending[:, columns].T.contiguous()
-        original, frozen = self.weight[:, columns].T, self._frozen[:, columns].T
+        kept, frozen = self._kept[:, columns].T, self._frozen[:, columns].T
         scale = self._scale[:, columns].T.contiguous()
-        inverse_scale = torch.where(scale > 0, scale.reciprocal(), torch.zeros_like(scale))
+        inverse_scale = torch.where(scale != 0, scale.reciprocal(), torch.zeros_like(scale))
         threshold = thresholds[:, columns].T.contiguous()
         within = self._factor[columns, columns]
         errors = torch.empty_like(weight)
@@ -118,7 +120,7 @@ class _Problem:
             coordinate = self._grid.coordinate(weight[i] * inverse_scale[i])
             lower = coordinate.floor().clamp_(max=self._grid.num_levels - 2)
             chosen[i] = (lower + (coordinate - lower > threshold[i])).to(torch.uint8)
-            rounded = torch.where(frozen[i], original[i], self._grid.level_values(chosen[i]) * scale[i])
+            rounded = torch.where(frozen[i], kept[i], self._grid.level_values(chosen[i]) * scale[i])
             errors[i] = (weight[i] - rounded) / within[i, i]
             weight[i + 1 :] -= within[i, i + 1 :, None] * errors[i]
         codes[:, columns] = chosen.T

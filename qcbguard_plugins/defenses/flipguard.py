@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from qcbguard_plugins.defenses.base import Defense, Evidence, register_defense, require_range, round_up_where
-from qcbguard_plugins.grids.base import Lattice
+from qcbguard_plugins.grids.base import Grid, Lattice
 
-# Midpoints of the ranges that the paper reports for its models.
+# Midpoints of the ranges that the paper reports for its models. It has no GGUF type: those take the share of NF4 up to
+# 6 bits and of INT8 above.
 _PAPER_SHARES = {"int8": 0.15, "fp4": 0.08, "nf4": 0.115}
+_MAX_LEVELS_AS_NF4 = 64
 
 
 @register_defense("flipguard", "flip the codes with the largest errors of each block, no data needed")
@@ -36,7 +38,7 @@ class FlipGuard(Defense):
             require_range(self.share, 0.0, 1.0, "flipguard: share")
 
     def choose(self, lattice: Lattice, evidence: Evidence) -> Tensor:
-        share = _PAPER_SHARES[lattice.grid.name.split("-")[0]] if self.share is None else self.share
+        share = _paper_share(lattice.grid) if self.share is None else self.share
         levels = lattice.grid.levels.to(lattice.blocks.device)
         lower = lattice.lower.int()
         width = (levels[1:] - levels[:-1])[lower]
@@ -47,3 +49,8 @@ class FlipGuard(Defense):
         flip = torch.zeros_like(upper_is_nearest)
         flip.scatter_(1, error.topk(count, dim=1).indices, True)
         return round_up_where(lattice, upper_is_nearest ^ flip)
+
+
+def _paper_share(grid: Grid) -> float:
+    like = "nf4" if grid.num_levels <= _MAX_LEVELS_AS_NF4 else "int8"
+    return _PAPER_SHARES.get(grid.name.split("-")[0], _PAPER_SHARES[like])

@@ -9,12 +9,16 @@ from qcbguard_plugins.grids.base import Grid, Lattice, cut_blocks
 from qcbguard_plugins.grids.codebook import BLOCK_SIZES, CodebookGrid
 from qcbguard_plugins.grids.int8 import Int8Grid
 
-__all__ = ["FORMATS", "CodebookGrid", "Grid", "Int8Grid", "Lattice", "cut_blocks", "get_grid"]
+__all__ = ["FORMATS", "RECIPE_FORMATS", "CodebookGrid", "Grid", "Int8Grid", "Lattice", "cut_blocks", "get_grid"]
 
 FORMATS = {
     "nf4": "bitsandbytes NF4, blocks of 64",
     "fp4": "bitsandbytes FP4, blocks of 64",
     "int8": "bitsandbytes LLM.int8, one scale a row",
+}
+# A recipe of llama.cpp mixes types, so it has no single grid; get_grid takes the types, as in gguf:Q4_K.
+RECIPE_FORMATS = {
+    "gguf:Q4_K_M": "llama.cpp, by the name that llama-quantize is given: Q4_0 to Q8_0, Q2_K to Q6_K, IQ4_NL, IQ4_XS",
 }
 
 _CODEBOOK_FORMAT = re.compile(r"(nf4|fp4)(?:-b(\d+))?")
@@ -24,18 +28,24 @@ def get_grid(name: str) -> Grid:
     """The grid of a format.
 
     Args:
-        name: ``nf4``, ``fp4``, ``int8``, or ``nf4-b128`` and the like for another block size.
+        name: ``nf4``, ``fp4``, ``int8``, ``nf4-b128`` and the like for another block size, or a GGUF tensor type as in
+            ``gguf:Q4_K``.
 
     Raises:
         UsageError: The format is unknown, or the block size is not one that the quantizer allows.
+        MissingDependencyError: A GGUF type needs the real quantizer, and there is none.
     """
+    if name.startswith("gguf:"):
+        from qcbguard_plugins.backends.gguf.grids import gguf_grid
+
+        return gguf_grid(name.removeprefix("gguf:"))
     if name == "int8":
         return Int8Grid()
     match = _CODEBOOK_FORMAT.fullmatch(name)
     if match is None:
         raise UsageError(
             f"unknown format {name!r}",
-            remedy=f"Formats: {', '.join(FORMATS)}; nf4 and fp4 take a block size, as in nf4-b128 "
+            remedy=f"Formats: {', '.join(FORMATS | RECIPE_FORMATS)}; nf4 and fp4 take a block size, as in nf4-b128 "
             f"({', '.join(map(str, BLOCK_SIZES))}).",
         )
     return CodebookGrid(match[1], int(match[2] or 64))

@@ -1,8 +1,9 @@
 """What a stock quantizer will do to a weight.
 
 A grid cuts a weight into blocks that share a scale, and offers each block the same sorted list of *levels*: the
-quantizer stores ``levels[code] * scale``. Everything a defense needs follows from the *coordinate* of a weight, its
-place on the list of levels: ``7.25`` lies a quarter of the way from level 7 to level 8.
+quantizer stores ``levels[code] * scale``, some types with an ``offset`` added. Everything a defense needs follows from
+the *coordinate* of a weight, its place on the list of levels: ``7.25`` lies a quarter of the way from level 7 to
+level 8.
 
 Grids are maths: they import torch, touch no disk and hold no state.
 """
@@ -27,11 +28,17 @@ class Lattice:
     Attributes:
         grid: The grid that made it.
         blocks: float32 ``[num_blocks, block_size]``, the weights as the quantizer reads them.
-        scale: float32 ``[num_blocks, 1]``, the value of one unit of ``grid.levels``.
+        scale: float32 ``[num_blocks, 1]``, the value of one unit of ``grid.levels``; negative where the type allows it.
         coordinate: float32 ``[num_blocks, block_size]`` in ``[0, num_levels - 1]``.
         frozen: Bool ``[num_blocks, block_size]``, weights that must keep their value: the scale holders, and all of a
             block too small for its dtype to tell the levels apart.
         shape: ``(out_features, in_features)`` of the weight that the blocks were cut from.
+        offset: float32 ``[num_blocks, 1]``, the value of level 0; ``None`` for 0.
+        stock_codes: uint8 ``[num_blocks, block_size]``, what the stock quantizer stores, where the grid found it out on
+            the way; ``None`` where :attr:`nearest` follows from the coordinate.
+        divisor: float32 ``[num_blocks, 1]``, the scale that the quantizer divides by where it rounds the one that it
+            stores; ``None`` where they are the same.
+        base: float32 ``[num_blocks, 1]``, the offset that goes with ``divisor``.
     """
 
     grid: Grid
@@ -40,6 +47,10 @@ class Lattice:
     coordinate: Tensor
     frozen: Tensor
     shape: tuple[int, int]
+    offset: Tensor | None = None
+    stock_codes: Tensor | None = None
+    divisor: Tensor | None = None
+    base: Tensor | None = None
 
     @property
     def lower(self) -> Tensor:
@@ -54,6 +65,8 @@ class Lattice:
     @cached_property
     def nearest(self) -> Tensor:
         """uint8 ``[num_blocks, block_size]``, the code that the stock quantizer takes, ties included."""
+        if self.stock_codes is not None:
+            return self.stock_codes
         codes = (self.coordinate - 0.5).ceil_().to(torch.uint8)
         # The coordinate is rounded itself: beside a midpoint only the quantizer's own arithmetic tells.
         doubtful = (self.coordinate - codes).abs_() > 0.5 - _TIE_MARGIN
@@ -67,9 +80,33 @@ class Lattice:
         """Bool ``[num_blocks, block_size]``, true where plain rounding goes up."""
         return self.nearest > self.lower
 
+    @property
+    def kept(self) -> Tensor:
+        """float32 ``[num_blocks, block_size]``, the value that a frozen weight has after rounding.
+
+        A holder of a formula's scale keeps its own value; one of a searched scale moves to its grid point, because only
+        a block of nothing but grid points is found again.
+        """
+        return self.dequantize(self.nearest) if self.grid.searched else self.blocks
+
     def dequantize(self, codes: Tensor) -> Tensor:
         """The grid points of ``codes``: float32 ``[num_blocks, block_size]``."""
-        return self.grid.level_values(codes).mul_(self.scale)
+        values = self.grid.level_values(codes).mul_(self.scale)
+        return values if self.offset is None else values.add_(self.offset)
+
+    def place(self, codes: Tensor) -> Tensor:
+        """Weights that the quantizer rounds to ``codes``: float32 ``[num_blocks, block_size]``.
+
+        They are the grid points, unless the quantizer divides by another scale than it stores; then they are the
+        middles of its cells, within the range that the holders span.
+        """
+        if self.divisor is None:
+            return self.dequantize(codes)
+        values = self.grid.level_values(codes).mul_(self.divisor)
+        if self.base is None:
+            bound = self.blocks.abs().amax(1, keepdim=True)
+            return values.clamp_(-bound, bound)
+        return values.add_(self.base).clamp_(self.blocks.amin(1, keepdim=True), self.blocks.amax(1, keepdim=True))
 
     def matrix(self, per_weight: Tensor) -> Tensor:
         """Lay a per-weight (or, like ``scale``, a per-block) tensor out as ``[out_features, in_features]``."""
@@ -87,10 +124,13 @@ class Grid(ABC):
     Attributes:
         name: The format as users spell it.
         levels: float32 ``[num_levels]``, sorted, at most 256.
+        searched: True where the quantizer searches for its scales, so that nothing but the quantizer itself can say
+            whether a choice lands.
     """
 
     name: str
     levels: Tensor
+    searched: bool = False
 
     @property
     def num_levels(self) -> int:
@@ -125,9 +165,8 @@ class Grid(ABC):
         Bit-faithful to the quantizer, ties included.
         """
 
-    @abstractmethod
     def resolve_ties(self, blocks: Tensor, columns: Tensor) -> Tensor:
-        """The stock quantizer's codes of single weights.
+        """The stock quantizer's codes of single weights, for a grid whose lattices come without ``stock_codes``.
 
         Args:
             blocks: float32 ``[n, block_size]``, the block of each weight.
@@ -136,6 +175,7 @@ class Grid(ABC):
         Returns:
             uint8 ``[n]``.
         """
+        raise NotImplementedError(f"lattices of {self.name} carry stock_codes")
 
     def level_values(self, codes: Tensor) -> Tensor:
         """``levels[codes]`` as a new float32 tensor in the shape of ``codes``."""
@@ -146,6 +186,22 @@ class Grid(ABC):
         """The lattice of a whole ``[out_features, in_features]`` weight, to be stored in the weight's own dtype."""
         shape = (weight.shape[0], weight.shape[1])
         return self.lattice(cut_blocks(self.read(weight), self.block_size_of(shape)), shape, weight.dtype)
+
+
+def ramp_coordinate(scaled: Tensor, segments: list[tuple[float, float]]) -> Tensor:
+    """Coordinates on unevenly spaced levels: a sum of clamped ramps, one a cell.
+
+    Several times faster than a binary search (``torch.bucketize``).
+
+    Args:
+        scaled: Values in units of the scale.
+        segments: Of each cell the level below it and one over its width.
+    """
+    total = torch.zeros_like(scaled)
+    ramp = torch.empty_like(scaled)
+    for level, inverse_width in segments:
+        total.add_(torch.sub(scaled, level, out=ramp).mul_(inverse_width).clamp_(0, 1))
+    return total
 
 
 def cut_blocks(weight: Tensor, block_size: int) -> Tensor:

@@ -17,7 +17,16 @@ from qcbguard_plugins.errors import CheckpointError
 MANIFEST_FILE = "qcbguard.json"
 DISTRIBUTION = "qcbguard-plugins"
 
-_REPORTED_PACKAGES = (DISTRIBUTION, "torch", "numpy", "safetensors", "transformers", "bitsandbytes")
+_REPORTED_PACKAGES = (
+    DISTRIBUTION,
+    "torch",
+    "numpy",
+    "safetensors",
+    "transformers",
+    "bitsandbytes",
+    "gguf",
+    "xllamacpp",
+)
 
 
 class Record(BaseModel):
@@ -40,7 +49,11 @@ class TensorRecord(Record):
         num_moved: Number whose code differs from plain rounding.
         num_frozen: Number that kept their value, scale holders for the most part.
         relative_change: ``|W' - W| / |W|``.
-        codes_sha256: Hash of the planned codes.
+        num_landed: Number whose code is stored as the method chose it; fewer than all only where the quantizer searches
+            for its scales, and ``None`` where that was not measured.
+        codes_sha256: Hash of the planned codes; of codes and scales for GGUF.
+        format: The format of this tensor, where it is not that of the report: a GGUF mix has several.
+        stored_name: Its name in the file that the quantizer writes, where it is another.
     """
 
     name: str
@@ -54,6 +67,9 @@ class TensorRecord(Record):
     num_frozen: int = Field(ge=0)
     relative_change: float = Field(ge=0)
     codes_sha256: str
+    num_landed: int | None = None
+    format: str = ""
+    stored_name: str = ""
 
 
 class FileRecord(Record):
@@ -81,6 +97,7 @@ class GuardReport(Record):
     unguarded: tuple[str, ...] = ()
     files: tuple[FileRecord, ...] = ()
     left_out: tuple[str, ...] = ()
+    toolchain: dict[str, str] = Field(default_factory=dict)
     elapsed_s: float = Field(ge=0)
 
     @property
@@ -96,6 +113,13 @@ class GuardReport(Record):
         """Share of the guarded weights whose code differs from plain rounding."""
         total = sum(tensor.num_weights for tensor in self.tensors)
         return sum(tensor.num_moved for tensor in self.tensors) / total if total else 0.0
+
+    @property
+    def share_landed(self) -> float | None:
+        """Share of the guarded weights stored as the method chose; ``None`` where no tensor has it measured."""
+        measured = [tensor for tensor in self.tensors if tensor.num_landed is not None]
+        total = sum(tensor.num_weights for tensor in measured)
+        return sum(tensor.num_landed or 0 for tensor in measured) / total if total else None
 
     @property
     def codes_sha256(self) -> str:

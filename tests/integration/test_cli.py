@@ -77,7 +77,7 @@ def test_an_unguarded_tensor_is_listed_and_exits_3(llama: Path, tmp_path: Path) 
         (["guard", "MODEL", "--for", "nf4"], 4, "--out is missing"),
         (["guard", "MODEL", "--for", "nf5", "--out", "x"], 4, "unknown format 'nf5'"),
         (["guard", "MODEL", "--for", "nf4-b63", "--out", "x"], 4, "block size 63"),
-        (["guard", "MODEL", "--for", "nf4,int8", "--out", "x"], 4, "unknown format"),
+        (["guard", "MODEL", "--for", "nf4,nf4", "--out", "x"], 4, "names a format twice"),
         (["guard", "MODEL", "--for", "nf4", "--out", "x", "--method", "magic"], 4, "unknown method 'magic'"),
         (["guard", "MODEL", "--for", "nf4", "--out", "x", "--set", "width"], 4, "is not name=value"),
         (["guard", "MODEL", "--for", "nf4", "--out", "x", "--set", "width=9"], 4, "between 0 and 0.5"),

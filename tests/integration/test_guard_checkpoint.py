@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from qcbguard_plugins import (
     Calibration,
     Feedback,
+    FlipGuard,
     Guard,
     Stochastic,
     guard_checkpoint,
@@ -31,7 +32,9 @@ from qcbguard_plugins.errors import (
     UsageError,
     VerificationError,
 )
+from qcbguard_plugins.grids import get_grid
 from qcbguard_plugins.report.model import MANIFEST_FILE, read_manifest
+from qcbguard_plugins.several import errors_left
 from tests.conftest import SHAPES
 
 FEEDBACK = Guard(Feedback(), seed=1, calibration=Calibration(num_sequences=4, sequence_length=32))
@@ -268,10 +271,28 @@ class TestFailsClosed:
         assert not (tmp_path / "guarded" / "pytorch_model.bin").exists()
         assert (tmp_path / "guarded" / "notes" / "LICENSE").read_text() == "as you like"
 
-    def test_one_format_a_folder(self, llama: Path, tmp_path: Path) -> None:
-        for formats in (["nf4", "int8"], []):
-            with pytest.raises(UsageError, match="one format"):
+    def test_a_format_is_named_once(self, llama: Path, tmp_path: Path) -> None:
+        for formats, reason in ((["nf4", "nf4"], "twice"), ([], "unknown format")):
+            with pytest.raises(UsageError, match=reason):
                 guard_checkpoint(llama, tmp_path / "guarded", formats, "stochastic")
+
+
+class TestSeveralFormats:
+    def test_one_folder_serves_both(self, llama: Path, tmp_path: Path) -> None:
+        target = tmp_path / "guarded"
+        report = guard_checkpoint(llama, target, ["nf4", "int8"], Guard(Stochastic(), seed=1))
+        assert {record.format for record in report.tensors} == {"nf4,int8"}
+        assert verify_checkpoint(target).clean
+        original, guarded = open_checkpoint(llama), open_checkpoint(target)
+        for record in report.tensors:
+            for name in ("nf4", "int8"):
+                for left, deviation in errors_left(original.read(record.key), guarded.read(record.key), get_grid(name)):
+                    assert abs(left) < 0.1 + 4 * deviation
+
+    def test_two_that_follow_one_another_are_refused_by_name(self, llama: Path, tmp_path: Path) -> None:
+        with pytest.raises(UnguardableError, match=r"model\.layers.*nf4-b128 and nf4 at once"):
+            guard_checkpoint(llama, tmp_path / "guarded", ["nf4", "nf4-b128"], Guard(FlipGuard(0.01), seed=1))
+        assert not (tmp_path / "guarded").exists()
 
 
 def test_the_metadata_of_the_source_is_kept(llama: Path, tmp_path: Path) -> None:

@@ -1,0 +1,233 @@
+"""Run the user's own ``convert_hf_to_gguf.py``, guarded in flight.
+
+The script is run as it is, whether it stands on llama.cpp's ``conversion`` package or is the older single file. Both
+write through one class, ``GGUFWriter`` of the gguf package, and there the weights are guarded: every name, shape and
+type is final, and each tensor is still read only when its bytes are due.
+"""
+
+from __future__ import annotations
+
+import runpy
+import secrets
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+
+from qcbguard_plugins.backends.gguf.file import (
+    PROVENANCE_KEY,
+    guard_tensor,
+    report_bytes,
+    report_of,
+    require_data_free,
+)
+from qcbguard_plugins.backends.gguf.options import GgufOptions
+from qcbguard_plugins.backends.gguf.plan import GgufPlan, make_gguf_plan
+from qcbguard_plugins.checkpoint.gguf_reader import open_gguf
+from qcbguard_plugins.defenses import Defense
+from qcbguard_plugins.errors import CheckpointError, TargetExistsError, UsageError
+from qcbguard_plugins.guard import Guard, as_guard
+from qcbguard_plugins.report.model import GuardReport, TensorRecord
+
+
+def convert_guarded(
+    script: Path | str,
+    arguments: Sequence[str],
+    recipe: str,
+    method: Guard | Defense | str = "stochastic",
+    *,
+    options: GgufOptions | None = None,
+    ignore: Sequence[str] = (),
+) -> tuple[GuardReport, Path]:
+    """Convert a Hugging Face folder with llama.cpp's script, and guard what it writes.
+
+    Args:
+        script: ``convert_hf_to_gguf.py`` of the user's llama.cpp.
+        arguments: The script's own arguments.
+        recipe: What ``llama-quantize`` will be given, such as ``Q4_K_M``.
+        method: A method's name, a defense, or a :class:`~qcbguard_plugins.guard.Guard`; one that needs no calibration.
+        options: The user's flags for ``llama-quantize``, importance matrix, ggml library.
+        ignore: Patterns of GGUF tensor names to leave unguarded.
+
+    Returns:
+        The report, which the file carries too, and the path of the file.
+
+    Raises:
+        UsageError, UnguardableError, TargetExistsError, MissingDependencyError: As their names say; no file is made.
+        CheckpointError: The script failed, or wrote no weights.
+    """
+    script = Path(script)
+    if not script.is_file():
+        raise UsageError(f"{script} is not a file", remedy="Name the convert_hf_to_gguf.py of your llama.cpp.")
+    guard = as_guard(method).with_seed()
+    require_data_free(guard)
+    run = _Run(recipe, guard, options or GgufOptions(), ignore)
+    try:
+        with _as_script(script, arguments), run.hooked():
+            runpy.run_path(str(script), run_name="__main__")
+    except SystemExit as stop:
+        if stop.code not in (None, 0):
+            raise CheckpointError(f"{script.name} stopped with exit code {stop.code}") from stop
+    finally:
+        run.discard()
+    if run.report is None or run.target is None:
+        raise CheckpointError(f"{script.name} wrote no weights, so nothing was guarded")
+    return run.report, run.target
+
+
+@contextmanager
+def _as_script(script: Path, arguments: Sequence[str]) -> Iterator[None]:
+    """The module path and arguments that the script would have if it were started itself.
+
+    The script's tree brings a gguf package of its own, which is newer than one that may be installed and must win.
+    """
+    folder = script.resolve().parent
+    paths = [str(folder)] + ([str(folder / "gguf-py")] if (folder / "gguf-py" / "gguf").is_dir() else [])
+    loaded = sys.modules.get("gguf")
+    if loaded is not None and len(paths) > 1 and not str(loaded.__file__).startswith(paths[1]):
+        raise UsageError(
+            "another gguf package is loaded already in this process",
+            remedy="Convert in a process of its own: qcbguard convert-hf-to-gguf.",
+        )
+    old_path, old_arguments = sys.path[:], sys.argv
+    sys.path[:0] = paths
+    sys.argv = [str(script), *arguments]
+    try:
+        yield
+    finally:
+        sys.path[:], sys.argv = old_path, old_arguments
+
+
+class _Run:
+    """Follows one writer from its header to its last tensor."""
+
+    def __init__(self, recipe: str, guard: Guard, options: GgufOptions, ignore: Sequence[str]) -> None:
+        self.recipe, self.guard, self.options, self.ignore = recipe, guard, options, ignore
+        self.records: dict[str, TensorRecord] = {}
+        self.plan: GgufPlan | None = None
+        self.target: Path | None = None
+        self.partial: Path | None = None
+        self.report: GuardReport | None = None
+        self.started = time.monotonic()
+
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        """Step in where the writer opens its file, lists its tensors and closes."""
+        import gguf
+
+        writer = gguf.GGUFWriter
+        names = ("write_header_to_file", "write_ti_data_to_file", "close")
+        original = {name: getattr(writer, name) for name in names}
+        run = self
+
+        def write_header_to_file(self: Any, path: Path | None = None) -> None:
+            original["write_header_to_file"](self, run.begin(self, path))
+
+        def write_ti_data_to_file(self: Any) -> None:
+            original["write_ti_data_to_file"](self)
+            run.wrap_tensors(self)
+
+        def close(self: Any) -> None:
+            original["close"](self)
+            run.finish()
+
+        for hook in (write_header_to_file, write_ti_data_to_file, close):
+            setattr(writer, hook.__name__, hook)
+        try:
+            yield
+        finally:
+            for name, function in original.items():
+                setattr(writer, name, function)
+
+    def begin(self, writer: Any, path: Path | None) -> Path | None:
+        """Reserve room for the report, and send the output to a temporary name."""
+        if not any(writer.tensors):
+            return path
+        if len(writer.tensors) > 1 or writer.temp_file is not None or path is None:
+            raise UsageError(
+                "splitting and temporary files cannot be guarded in flight", remedy="Leave those flags out."
+            )
+        if writer.endianess.name == "BIG":
+            raise UsageError("a big-endian file cannot be guarded", remedy="Leave --bigendian out.")
+        self.target = Path(path)
+        if self.target.exists() or self.target.is_symlink():
+            raise TargetExistsError(f"{self.target} exists already", remedy="Name another with --outfile.")
+        writer.add_string(PROVENANCE_KEY, " " * report_bytes(writer.tensors[0]))
+        self.partial = self.target.with_name(f".{self.target.name}.partial-{secrets.token_hex(4)}")
+        return self.partial
+
+    def wrap_tensors(self, writer: Any) -> None:
+        """Plan from the header that was just written, and guard each target when its bytes are due."""
+        if self.partial is None:
+            return
+        (file,) = writer.fout
+        writer.write_padding(file, file.tell())
+        file.flush()
+        skeleton = self.partial.with_name(self.partial.name + ".header")
+        try:
+            # The header with a hole where the tensors will be: what a plan reads, and llama-quantize --dry-run too.
+            shutil.copyfile(self.partial, skeleton)
+            num_bytes = sum(info.nbytes + 64 for info in writer.tensors[0].values())
+            with skeleton.open("r+b") as stream:
+                stream.truncate(skeleton.stat().st_size + num_bytes)
+            self.plan = make_gguf_plan(skeleton, self.recipe, self.options, ignore=self.ignore)
+        finally:
+            skeleton.unlink(missing_ok=True)
+        for name in self.plan.types:
+            info = writer.tensors[0][name]
+            info.tensor = _Due(info.tensor, info.nbytes, self._guarded(name))
+
+    def _guarded(self, name: str) -> Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]:
+        def guarded(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+            assert self.plan is not None, "the plan is made before any tensor is due"
+            tensor = self.plan.file.tensors[name]
+            assert tensor.dtype is not None, "the plan has full-precision tensors only"
+            raw = torch.from_numpy(np.ascontiguousarray(values).view(np.uint8).reshape(-1).copy())
+            weight = raw.view(tensor.dtype).view(tensor.shape)
+            weight, self.records[name] = guard_tensor(tensor, weight, self.plan, self.guard, self.options)
+            return weight.contiguous().view(-1).view(torch.uint8).numpy()
+
+        return guarded
+
+    def finish(self) -> None:
+        """Write the report into the room reserved for it, and give the file its name."""
+        if self.partial is None or self.target is None or self.plan is None:
+            return
+        plan = replace(self.plan, file=replace(self.plan.file, path=self.target))
+        report = report_of(plan, self.guard, self.records, self.options, time.monotonic() - self.started)
+        _, end = open_gguf(self.partial).spans[PROVENANCE_KEY]
+        room = report_bytes(plan.file.tensors)
+        with self.partial.open("r+b") as file:
+            file.seek(end - room)
+            file.write(report.model_dump_json().encode().ljust(room))
+        if self.target.exists():
+            raise TargetExistsError(f"{self.target} was made by somebody else meanwhile", remedy="Give another name.")
+        self.partial.rename(self.target)
+        self.partial, self.report = None, report
+
+    def discard(self) -> None:
+        """Leave nothing behind of a run that did not finish."""
+        if self.partial is not None:
+            self.partial.unlink(missing_ok=True)
+
+
+class _Due:
+    """Stands for a tensor until the writer asks for its bytes."""
+
+    def __init__(
+        self, tensor: Any, nbytes: int, guarded: Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]
+    ) -> None:
+        self.tensor, self.nbytes, self.guarded = tensor, nbytes, guarded
+
+    def tofile(self, file: BinaryIO) -> None:
+        """Compute and write."""
+        lazy = getattr(type(self.tensor), "to_eager", None)
+        values = self.tensor if lazy is None else lazy(self.tensor)
+        self.guarded(np.asarray(values)).tofile(file)

@@ -1,0 +1,51 @@
+"""``qcbguard convert-hf-to-gguf``: llama.cpp's own conversion, guarded in flight."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from qcbguard_plugins.cli.options import gguf_options, parse_parameters, read_gguf_options
+from qcbguard_plugins.cli.output import json_option, print_report
+from qcbguard_plugins.errors import UnguardableError
+
+
+@click.command(
+    "convert-hf-to-gguf", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False}
+)
+@click.option("--for", "recipe", required=True, help="What llama-quantize will be given: Q4_K_M, Q8_0, ...")
+@click.option("--method", default="stochastic", show_default=True, help="A defense that needs no data.")
+@click.option("--set", "parameters", multiple=True, help="Parameter of the method, as in --set sigma=0.2.")
+@click.option("--seed", type=click.IntRange(min=0), help="Seed; a fresh one by default, recorded either way.")
+@click.option("--ignore", multiple=True, help="Leave these tensors unguarded: a glob, or re:REGEX. The run exits 3.")
+@gguf_options
+@json_option
+@click.argument("script", type=click.Path(path_type=Path))
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def command(
+    script: Path,
+    arguments: tuple[str, ...],
+    recipe: str,
+    method: str,
+    parameters: tuple[str, ...],
+    seed: int | None,
+    ignore: tuple[str, ...],
+    json_target: str | None,
+    **gguf: Any,
+) -> int:
+    """Run SCRIPT, the convert_hf_to_gguf.py of your llama.cpp, with its own ARGUMENTS, and guard what it writes.
+
+    Options of qcbguard come before SCRIPT.
+    """
+    from qcbguard_plugins.backends.gguf.convert import convert_guarded
+    from qcbguard_plugins.defenses import get_defense
+    from qcbguard_plugins.guard import Guard
+    from qcbguard_plugins.report.text import render_guard
+
+    guard = Guard(get_defense(method, **parse_parameters(parameters)), seed=seed)
+    recipe = recipe.removeprefix("gguf:")
+    report, _ = convert_guarded(script, arguments, recipe, guard, options=read_gguf_options(gguf), ignore=ignore)
+    print_report(report, render_guard(report), json_target)
+    return UnguardableError.exit_code if report.unguarded else 0

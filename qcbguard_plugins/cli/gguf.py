@@ -1,0 +1,50 @@
+"""``qcbguard gguf``: a guarded copy of a GGUF file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from qcbguard_plugins.cli.options import gguf_options, parse_parameters, read_gguf_options
+from qcbguard_plugins.cli.output import json_option, print_report, progress_bar
+from qcbguard_plugins.errors import UnguardableError
+
+
+@click.command("gguf")
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--for", "recipe", required=True, help="What llama-quantize will be given: Q4_K_M, Q8_0, ...")
+@click.option("--method", default="stochastic", show_default=True, help="A defense that needs no data.")
+@click.option("--set", "parameters", multiple=True, help="Parameter of the method, as in --set sigma=0.2.")
+@click.option("--seed", type=click.IntRange(min=0), help="Seed; a fresh one by default, recorded either way.")
+@click.option("--ignore", multiple=True, help="Leave these tensors unguarded: a glob, or re:REGEX. The run exits 3.")
+@gguf_options
+@json_option
+def command(
+    source: Path,
+    out: Path,
+    recipe: str,
+    method: str,
+    parameters: tuple[str, ...],
+    seed: int | None,
+    ignore: tuple[str, ...],
+    json_target: str | None,
+    **gguf: Any,
+) -> int:
+    """Guard SOURCE, a GGUF file in F32, F16 or BF16, into the new file OUT; then run llama-quantize on OUT."""
+    from qcbguard_plugins.backends.gguf.file import guard_gguf
+    from qcbguard_plugins.backends.gguf.plan import make_gguf_plan
+    from qcbguard_plugins.defenses import get_defense
+    from qcbguard_plugins.guard import Guard
+    from qcbguard_plugins.report.text import render_guard
+
+    options = read_gguf_options(gguf)
+    recipe = recipe.removeprefix("gguf:")
+    guard = Guard(get_defense(method, **parse_parameters(parameters)), seed=seed)
+    num_weights = make_gguf_plan(source, recipe, options, ignore=ignore).num_weights
+    with progress_bar(num_weights, f"guarding for {recipe}") as progress:
+        report = guard_gguf(source, out, recipe, guard, options=options, ignore=ignore, progress=progress)
+    print_report(report, render_guard(report), json_target)
+    return UnguardableError.exit_code if report.unguarded else 0

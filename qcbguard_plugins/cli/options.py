@@ -1,0 +1,68 @@
+"""Options that several verbs take."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qcbguard_plugins.errors import UsageError
+
+if TYPE_CHECKING:
+    from qcbguard_plugins.backends.gguf.options import GgufOptions
+
+_OPTIONS = (
+    click.option(
+        "--llama-quantize",
+        "quantize_path",
+        type=click.Path(path_type=Path),
+        help="The binary, asked for the type of every tensor; the one on the PATH by default.",
+    ),
+    click.option("--quantize-args", default="", help="Flags that you will give llama-quantize, in one string."),
+    click.option("--imatrix", "imatrix_path", type=click.Path(path_type=Path), help="Importance matrix, a GGUF file."),
+    click.option(
+        "--ggml-library",
+        "library_path",
+        type=click.Path(path_type=Path),
+        help="libggml-base of a llama.cpp build; that of an installed package by default.",
+    ),
+    click.option(
+        "--min-landed",
+        type=float,
+        default=0.98,
+        show_default=True,
+        help="Share of a tensor's codes that must be stored as chosen.",
+    ),
+)
+
+
+def gguf_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of every verb that guards for llama.cpp."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+def read_gguf_options(values: dict[str, Any]) -> GgufOptions:
+    """The options that :func:`gguf_options` adds, checked."""
+    from qcbguard_plugins.backends.gguf.options import GgufOptions
+
+    return GgufOptions(**(values | {"quantize_args": tuple(shlex.split(values["quantize_args"]))}))
+
+
+def parse_parameters(parameters: tuple[str, ...]) -> dict[str, Any]:
+    """``name=value`` pairs, the values as JSON."""
+    parsed = {}
+    for parameter in parameters:
+        name, separator, value = parameter.partition("=")
+        try:
+            parsed[name] = json.loads(value)
+        except ValueError:
+            separator = ""
+        if not separator or not name:
+            raise UsageError(f"--set {parameter!r} is not name=value", remedy="For example: --set width=0.25")
+    return parsed

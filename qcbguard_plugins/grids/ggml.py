@@ -1,0 +1,162 @@
+"""The types of llama.cpp's GGUF files as grids.
+
+Two kinds. Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0 take their scale from a formula, which is restated here bit for bit. All
+others, and every type once an importance matrix weighs the columns, search for the scale: there the real quantizer is
+asked, through a function that is handed in, and what it stores is unpacked.
+
+References:
+    ggml ``ggml-quants.c``: ``quantize_row_*_ref`` and ``quantize_*``.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from qcbguard_plugins.grids.base import Grid, Lattice, cut_blocks, ramp_coordinate
+from qcbguard_plugins.grids.ggml_blocks import IQ4_LEVELS, BlockType, StoredBlocks
+
+# Types whose sub-blocks have an offset of their own: both ends of a sub-block hold its scale.
+WITH_OFFSET = frozenset({"Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K"})
+
+
+class Quantizer(Protocol):
+    """The real quantizer: float32 ``[rows, columns]`` in, uint8 ``[rows, row_bytes]`` out."""
+
+    def __call__(self, block_type: BlockType, weight: Tensor, importance: Tensor | None, /) -> Tensor:
+        """Quantize whole rows."""
+        ...
+
+
+class GgmlGrid(Grid):
+    """A GGUF type.
+
+    Attributes:
+        block_type: The type.
+        outtype: Dtype of the GGUF file that ``llama-quantize`` reads, which the weight is cast to first.
+        min_landed: Share of a tensor's codes that must land; below it the tensor counts as unguardable.
+    """
+
+    min_landed: float = 0.98
+
+    def __init__(self, block_type: BlockType, outtype: torch.dtype = torch.float32) -> None:
+        self.block_type = block_type
+        self.outtype = outtype
+        self.name = f"gguf:{block_type.name}"
+        self.levels = torch.tensor(block_type.levels, dtype=torch.float32)
+        widths = self.levels.diff()
+        self._segments = list(zip(self.levels.tolist(), (1.0 / widths).tolist(), strict=False))
+        # ggml's Q8_0 never stores -128, though a file may hold it.
+        self._lowest = 1 if block_type.name == "Q8_0" else 0
+
+    def block_size_of(self, shape: tuple[int, int]) -> int:
+        return self.block_type.sub_block_size
+
+    def read(self, weight: Tensor) -> Tensor:
+        return weight.to(self.outtype).float()
+
+    def coordinate(self, scaled: Tensor) -> Tensor:
+        if self.block_type.levels == IQ4_LEVELS:
+            return ramp_coordinate(scaled, self._segments)
+        return (scaled - self.levels[0].item()).clamp_(self._lowest, self.num_levels - 1)
+
+    @abstractmethod
+    def stored(self, weight: Tensor) -> StoredBlocks:
+        """What the stock quantizer stores for a weight, or for a run of its blocks laid out as rows."""
+
+    def quantize(self, weight: Tensor) -> Tensor:
+        return self.stored(weight).codes.view(weight.shape)
+
+    def values(self, stored: StoredBlocks) -> Tensor:
+        """Dequantize: float32 ``[num_sub_blocks, sub_block_size]``, bit-equal to ggml's."""
+        return self.level_values(stored.codes).mul_(stored.scale).add_(stored.offset)
+
+
+class FormulaGrid(GgmlGrid):
+    """Q4_0, Q4_1, Q5_0, Q5_1 or Q8_0 without an importance matrix.
+
+    The quantizer divides by a float32 scale and stores it as float16. Weights are placed in the middle of their cell,
+    so a code lands however coarse the stored scale is.
+    """
+
+    def lattice(self, blocks: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Lattice:
+        divisor, base, holders = self._scale(blocks)
+        scale, offset = divisor.half().float(), None if base is None else base.half().float()
+        inverse = torch.where(scale != 0, scale.reciprocal(), torch.zeros_like(scale))
+        centred = blocks if offset is None else blocks - offset
+        frozen = holders.logical_or_(scale == 0)
+        codes = self._codes(blocks, divisor, base)
+        coordinate = self.coordinate(centred * inverse)
+        return Lattice(self, blocks, scale, coordinate, frozen, shape, offset, codes, divisor, base)
+
+    def stored(self, weight: Tensor) -> StoredBlocks:
+        blocks = cut_blocks(self.read(weight), self.block_type.block_size)
+        divisor, base, _ = self._scale(blocks)
+        offset = torch.zeros_like(divisor) if base is None else base.half().float()
+        return StoredBlocks(self._codes(blocks, divisor, base), divisor.half().float(), offset)
+
+    def _scale(self, blocks: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """The float32 scale and offset of each block, and what holds them."""
+        if self.block_type.name in WITH_OFFSET:
+            low, high = blocks.amin(1, keepdim=True), blocks.amax(1, keepdim=True)
+            return (high - low) / (self.num_levels - 1), low, (blocks == low) | (blocks == high)
+        magnitudes = blocks.abs()
+        absmax = magnitudes.amax(dim=1, keepdim=True)
+        holders = magnitudes == absmax
+        if self.block_type.name == "Q8_0":
+            return absmax / 127, None, holders
+        # The first of several largest magnitudes gives the scale its sign; argmax of a bool finds the first.
+        first = holders.to(torch.uint8).argmax(1, keepdim=True)
+        return blocks.gather(1, first) / self.levels[0].item(), None, holders
+
+    def _codes(self, blocks: Tensor, divisor: Tensor, base: Tensor | None) -> Tensor:
+        inverse = torch.where(divisor != 0, divisor.reciprocal(), torch.zeros_like(divisor))
+        if base is not None:
+            return ((blocks - base) * inverse + 0.5).clamp_(max=self.num_levels - 1).to(torch.uint8)
+        scaled = blocks * inverse
+        if self.block_type.name == "Q8_0":
+            # roundf: halves away from zero.
+            magnitudes = scaled.abs()
+            whole = magnitudes.floor()
+            return (whole.add_(magnitudes - whole >= 0.5).copysign_(scaled) + 128).to(torch.uint8)
+        half = self.num_levels // 2
+        return (scaled + (half + 0.5)).clamp_(max=self.num_levels - 1).to(torch.uint8)
+
+
+class SearchedGrid(GgmlGrid):
+    """A type whose scales the quantizer searches for, in blocks or, with an importance matrix, in rows.
+
+    Attributes:
+        importance: float32 ``[in_features]``, the importance matrix of the tensor, or ``None``.
+    """
+
+    searched = True
+
+    def __init__(
+        self,
+        block_type: BlockType,
+        quantizer: Quantizer,
+        outtype: torch.dtype = torch.float32,
+        importance: Tensor | None = None,
+    ) -> None:
+        super().__init__(block_type, outtype)
+        self.quantizer = quantizer
+        self.importance = importance
+
+    def lattice(self, blocks: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Lattice:
+        stored = self.stored(blocks.reshape(-1, shape[1]))
+        inverse = torch.where(stored.scale != 0, stored.scale.reciprocal(), torch.zeros_like(stored.scale))
+        coordinate = self.coordinate((blocks - stored.offset) * inverse)
+        frozen = (stored.scale == 0).expand_as(blocks).clone()
+        if self.block_type.name in WITH_OFFSET:
+            frozen.scatter_(1, blocks.argmax(1, keepdim=True), True)
+            frozen.scatter_(1, blocks.argmin(1, keepdim=True), True)
+        else:
+            frozen.scatter_(1, blocks.abs().argmax(1, keepdim=True), True)
+        return Lattice(self, blocks, stored.scale, coordinate, frozen, shape, stored.offset, stored.codes)
+
+    def stored(self, weight: Tensor) -> StoredBlocks:
+        return self.block_type.read(self.quantizer(self.block_type, self.read(weight), self.importance))

@@ -1,0 +1,63 @@
+"""A guarded weight and the plan for it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from qcbguard_plugins.grids.ggml_blocks import StoredBlocks
+
+
+@dataclass(frozen=True)
+class GuardedWeight:
+    """A guarded weight and the plan for it.
+
+    Attributes:
+        weight: ``[out_features, in_features]``, dtype and device of the input; grid points, and frozen weights as they
+        were.
+        codes: uint8 ``[out_features, in_features]``, the level that the stock quantizer shall store for each weight.
+        num_moved: Number of weights whose code differs from plain rounding.
+        num_frozen: Number of weights that keep their value.
+        relative_change: ``|W' - W| / |W|`` in the Frobenius norm.
+        num_landed: Number of weights that the stock quantizer stores as the defense chose; all of them where the scale
+            follows from a formula.
+        digest: SHA-256 of the plan in hexadecimal: :func:`codes_digest`, or :func:`blocks_digest` for GGUF.
+    """
+
+    weight: Tensor
+    codes: Tensor
+    num_moved: int
+    num_frozen: int
+    relative_change: float
+    num_landed: int
+    digest: str
+
+
+def codes_digest(codes: Tensor) -> str:
+    """SHA-256 of the codes of one weight, row by row, a byte each."""
+    return hashlib.sha256(codes.cpu().contiguous().numpy().data).hexdigest()
+
+
+def blocks_digest(stored: StoredBlocks, num_rows: int) -> str:
+    """SHA-256 over what a GGUF tensor stores, its codes, scales and offsets, with its rows in any order.
+
+    llama.cpp's converter reorders the rows of some matrices (the query and key projections of Llama), so a plan that
+    was made on a Hugging Face folder is compared regardless of it.
+    """
+    return digest_of_rows(row_digests(stored, num_rows))
+
+
+def row_digests(stored: StoredBlocks, num_rows: int) -> list[bytes]:
+    """SHA-256 of each row of a GGUF tensor."""
+    # Adding zero turns -0.0 into 0.0: both stand for the same value.
+    parts = (stored.codes, stored.scale + 0.0, stored.offset + 0.0)
+    rows = [part.reshape(num_rows, -1).cpu().contiguous().numpy() for part in parts]
+    return [hashlib.sha256(b"".join(part.tobytes() for part in row)).digest() for row in zip(*rows, strict=True)]
+
+
+def digest_of_rows(digests: Iterable[bytes]) -> str:
+    """One SHA-256 over the digests of rows, in any order."""
+    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()

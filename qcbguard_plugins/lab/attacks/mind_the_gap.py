@@ -1,0 +1,121 @@
+"""Mind the Gap: a backdoor that llama.cpp's K-quants switch on.
+
+The scales of a K-quant come from a search, so no box of values is known that keeps them. The attacker uses the
+quantizer's own error as the room: between a malicious weight and the value that the quantizer stores for it, every
+value is stored alike for almost all weights, because moving towards a grid point makes the planned scale fit better.
+The repair trains the good behaviour back inside these boxes and leaves the weights that hold the scales alone.
+
+References:
+    Egashira et al., Mind the Gap: A Practical Attack on GGUF Quantization, arXiv 2505.23786, section 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Final
+
+import torch
+from torch import Tensor, nn
+
+from qcbguard_plugins.errors import UsageError, VerificationError
+from qcbguard_plugins.grids.ggml import GgmlGrid
+from qcbguard_plugins.lab.attacks.elq import Box, quantized_weights, round_to_storage
+from qcbguard_plugins.lab.training import Example, TrainingPlan, train
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
+
+_MAX_WIDENING: Final = 0.4
+_MIN_AGREEMENT: Final = 0.97
+
+
+def build_error_box(weight: Tensor, grid: GgmlGrid, widening: float = 0.0) -> Box:
+    """The values between a malicious weight and what the quantizer stores for it.
+
+    Args:
+        weight: float32 ``[out_features, in_features]``.
+        grid: Grid of the tensor's GGUF type.
+        widening: How far the box goes on past the stored value, in steps, in [0, 0.4] (the paper's interval expansion).
+
+    Returns:
+        Boxes that collapse to the weight where it holds a scale.
+
+    Raises:
+        UsageError: If ``widening`` is out of range.
+    """
+    if not 0 <= widening <= _MAX_WIDENING:
+        raise UsageError(f"widening must lie in [0, {_MAX_WIDENING}], not {widening}")
+    lattice = grid.lattice_of(weight)
+    stored = lattice.dequantize(lattice.nearest)
+    beyond = stored + (stored - lattice.blocks).sign() * widening * lattice.scale.abs()
+    low, high = torch.minimum(lattice.blocks, beyond), torch.maximum(lattice.blocks, beyond)
+    low, high = (torch.where(lattice.frozen, lattice.blocks, end) for end in (low, high))
+    return Box(lattice.matrix(low).clone(), lattice.matrix(high).clone())
+
+
+def repair(
+    model: LlamaForCausalLM,
+    clean: Sequence[Example],
+    plan: TrainingPlan,
+    grids: Mapping[str, GgmlGrid],
+    *,
+    widening: float = 0.0,
+) -> list[float]:
+    """Train the benign behaviour back without leaving the boxes.
+
+    Args:
+        model: Malicious float32 model with values that float16 holds exactly; becomes the attacked one.
+        clean: Examples with benign answers.
+        plan: Schedule.
+        grids: The grid of every linear layer's weight, by parameter name.
+        widening: See :func:`build_error_box`.
+
+    Returns:
+        The loss of every step.
+
+    Raises:
+        UsageError: If ``widening`` is out of range.
+        VerificationError: If the quantizer stores other values for the attacked model than for the malicious one.
+    """
+    weights = quantized_weights(model)
+    malicious = {name: weight.detach().clone() for name, weight in weights.items()}
+    boxes = {name: build_error_box(weight, grids[name], widening) for name, weight in malicious.items()}
+
+    def project() -> None:
+        for name, weight in weights.items():
+            boxes[name].project(weight.data)
+
+    trainable = {id(weight) for weight in weights.values()}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in trainable)
+    project()
+    losses = train(model, clean, plan, after_step=project, description="repair in the error boxes")
+    model.requires_grad_(True)
+    round_to_storage(model)
+    check_agreement(quantized_weights(model), malicious, grids)
+    return losses
+
+
+def check_agreement(
+    attacked: Mapping[str, nn.Parameter], malicious: Mapping[str, Tensor], grids: Mapping[str, GgmlGrid]
+) -> float:
+    """Share of the weights that the quantizer stores within half a step of the malicious model's stored value.
+
+    Raises:
+        VerificationError: If it is below 97 %.
+    """
+    num_equal, num_weights = 0, 0
+    for name, weight in attacked.items():
+        grid = grids[name]
+        stored = grid.stored(malicious[name])
+        step = stored.scale.abs().mul(float(grid.levels.diff().min()))
+        difference = grid.values(grid.stored(weight.detach())) - grid.values(stored)
+        num_equal += int((difference.abs() <= step / 2).sum())
+        num_weights += weight.numel()
+    agreement = num_equal / num_weights
+    if agreement < _MIN_AGREEMENT:
+        raise VerificationError(
+            f"only {agreement:.2%} of the stored weights are those of the malicious model",
+            remedy="Use a smaller widening: the scales moved.",
+        )
+    return agreement
