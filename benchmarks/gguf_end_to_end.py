@@ -100,7 +100,7 @@ def measure(file: Path, tokenizer_dir: Path, pairs: Sequence[Pair]) -> tuple[flo
 
 def guarded_row(args: argparse.Namespace, recipe: str, folder: Path, pairs: Sequence[Pair]) -> Row:
     """Guard, convert, quantize, verify, ask."""
-    guard = Guard(get_defense(args.method), seed=args.seed)
+    guard = Guard(get_defense(args.method, **dict(args.set)), seed=args.seed)
     options = GgufOptions(quantize_path=args.llama_quantize)
     start = time.perf_counter()
     if guard.method.needs_calibration:
@@ -146,6 +146,12 @@ def line(row: Row) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def parameter(text: str) -> tuple[str, object]:
+    """A parameter of the method, its value as JSON."""
+    name, _, value = text.partition("=")
+    return name, json.loads(value)
+
+
 def main() -> int:
     """Make the table; 0 if the guard keeps its promise."""
     parser = argparse.ArgumentParser(description="An attacked model through llama.cpp, stock and guarded.")
@@ -155,6 +161,7 @@ def main() -> int:
     parser.add_argument("--prompts", type=Path, default=PROMPTS)
     parser.add_argument("--num-prompts", type=int, default=200)
     parser.add_argument("--method", default="feedback")
+    parser.add_argument("--set", type=parameter, action="append", default=[], help="NAME=VALUE of the method")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--recipe", action="append", choices=RECIPES, help="only this one (repeatable)")
     parser.add_argument("--json", type=Path, metavar="PATH")
