@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from qcbguard_plugins import Calibration, Feedback, Guard, Stochastic, guard_checkpoint, verify_checkpoint
 from qcbguard_plugins.backends.gguf.dry_run import dry_run_types
 from qcbguard_plugins.backends.gguf.file import PROVENANCE_KEY, guard_gguf
+from qcbguard_plugins.backends.gguf.folder import ARCHITECTURES, folder_types
 from qcbguard_plugins.backends.gguf.options import GgufOptions
 from qcbguard_plugins.backends.gguf.plan import make_gguf_plan, model_shape
 from qcbguard_plugins.backends.gguf.recipes import RECIPES, predict_types, resolve_recipe
@@ -113,6 +114,22 @@ def test_types_are_predicted_as_llama_quantize_chooses_them(make: Callable[[Path
         predicted = predict_types(shapes, resolve_recipe(name), model_shape(file))
         assert {k: v for k, v in predicted.items() if v != "F16"} == {k: v for k, v in types.items() if v != "F16"}
         assert "commit" in version
+
+
+@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
+def test_a_folders_types_before_anything_is_converted(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = AutoConfig.for_model(
+        model_type, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=320, head_dim=64, pad_token_id=0,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    shapes = [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
+    asked = folder_types(config, shapes, "Q4_K_M", OPTIONS)
+    monkeypatch.setenv("PATH", "")
+    predicted = folder_types(config, shapes, "Q4_K_M", GgufOptions())
+    assert asked.types == predicted.types
+    assert len(asked.types) >= 10
 
 
 class TestGgufFile:
