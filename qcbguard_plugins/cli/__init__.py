@@ -11,7 +11,7 @@ import traceback
 
 import click
 
-from qcbguard_plugins.cli import convert, doctor, gguf, guard, listing, verify
+from qcbguard_plugins.cli import convert, diff, doctor, gguf, guard, listing, scan, verify
 from qcbguard_plugins.errors import QcbguardError, UsageError
 
 
@@ -25,6 +25,8 @@ app.add_command(guard.command)
 app.add_command(gguf.command)
 app.add_command(convert.command)
 app.add_command(verify.command)
+app.add_command(scan.command)
+app.add_command(diff.command)
 app.add_command(listing.command)
 app.add_command(doctor.command)
 

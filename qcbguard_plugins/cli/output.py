@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from rich.console import Console
 from tqdm import tqdm
 
-from qcbguard_plugins.errors import TargetExistsError
+from qcbguard_plugins.errors import TargetExistsError, UsageError
 from qcbguard_plugins.model import Progress
 
 json_option = click.option(
@@ -69,12 +69,35 @@ def print_report(report: BaseModel, rendering: Any, json_target: str | None) -> 
         click.echo(report.model_dump_json(indent=2))
         return
     if json_target is not None:
-        try:
-            with Path(json_target).open("x", encoding="utf-8") as file:
-                file.write(report.model_dump_json(indent=2) + "\n")
-        except FileExistsError as error:
-            raise TargetExistsError(f"{json_target} exists already", remedy="Name a file that does not.") from error
+        write_new(Path(json_target), report.model_dump_json(indent=2) + "\n")
     Console(highlight=False, soft_wrap=True).print(rendering)
+
+
+def refuse_existing(*paths: Path | None) -> None:
+    """Say before the work, not after it, that an output exists.
+
+    Raises:
+        TargetExistsError: One of the files exists.
+    """
+    for path in paths:
+        if path is not None and path.exists():
+            raise TargetExistsError(f"{path} exists already", remedy="Name a file that does not.")
+
+
+def write_new(path: Path, text: str) -> None:
+    """Write a file that must not exist.
+
+    Raises:
+        TargetExistsError: It exists.
+        UsageError: It cannot be written.
+    """
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError as error:
+        raise TargetExistsError(f"{path} exists already", remedy="Name a file that does not.") from error
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def print_json(value: Any) -> None:

@@ -1,0 +1,1 @@
+"""The false-positive and power study of the scanner."""

@@ -1,0 +1,241 @@
+"""Scan a model's weights for quantization-conditioned backdoors: open, test tensor by tensor, judge."""
+
+from __future__ import annotations
+
+import re
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qcbguard_plugins.checkpoint.source import SourceTensor, WeightSource, open_weights
+from qcbguard_plugins.detection import outlier, residual, spectral
+from qcbguard_plugins.detection.neighbours import (
+    NEAR_GRID,
+    draw_inflations,
+    generator_for,
+    reproduces,
+    roundings,
+    sample_rows,
+    sign_surrogate,
+)
+from qcbguard_plugins.detection.verdict import ON_GRID
+from qcbguard_plugins.errors import MissingDependencyError, UsageError
+from qcbguard_plugins.grids import Grid, get_grid
+from qcbguard_plugins.judgement import judge
+from qcbguard_plugins.report.scan_model import ScannedTensor, ScanReport, SkippedTensor
+
+DEFAULT_FORMATS = ("nf4", "fp4", "int8")
+
+#: Weights of one tensor that are tested; a larger tensor is represented by random rows.
+MAX_WEIGHTS = 1 << 21
+
+_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks?|blk)\.(\d+)\.")
+_VALUES_PER_CHECK = 1 << 22
+
+
+@dataclass
+class FormatMeasurements:
+    """Statistics of the tensors on one format, the exact grid first and its neighbours after it.
+
+    Attributes:
+        names: The tensors that were tested.
+        on_grid: The tensors that lie on the grid already.
+        edge_ratios: One row a tensor of :func:`~qcbguard_plugins.detection.spectral.edge_ratio`.
+        histograms: float64 ``[1 + num_neighbours, NUM_BINS]`` a tensor.
+    """
+
+    names: list[str] = field(default_factory=list)
+    on_grid: list[str] = field(default_factory=list)
+    edge_ratios: list[list[float]] = field(default_factory=list)
+    histograms: list[Tensor] = field(default_factory=list)
+
+
+@dataclass
+class Measurements:
+    """Everything that was measured on a model, before any judgement."""
+
+    tensors: list[SourceTensor] = field(default_factory=list)
+    num_tested: list[int] = field(default_factory=list)
+    outliers: list[outlier.OutlierEvidence] = field(default_factory=list)
+    chunk_ratios: list[Tensor] = field(default_factory=list)
+    formats: dict[str, FormatMeasurements] = field(default_factory=dict)
+    skipped: list[SkippedTensor] = field(default_factory=list)
+
+
+def scan_model(
+    path: Path | str,
+    formats: Sequence[str] = DEFAULT_FORMATS,
+    *,
+    seed: int | None = None,
+    max_weights: int = MAX_WEIGHTS,
+    progress: Callable[[int], object] | None = None,
+) -> ScanReport:
+    """Test a model's weights. Nothing of the model is run, and no class of it is built.
+
+    Args:
+        path: Folder with safetensors files, a ``.safetensors`` file or a ``.gguf`` file, in full precision.
+        formats: Formats to test for.
+        seed: Seed of the random rows and grids; a fresh one by default, so that an attacker cannot know it.
+        max_weights: Weights of one tensor that are tested; larger ones are represented by random rows.
+        progress: Called with the number of weights of each tensor when it is done.
+
+    Returns:
+        The report. With the same seed it is the same but for its date and duration.
+
+    Raises:
+        UsageError: A format is unknown or the path names no model.
+        CheckpointError: The model cannot be read safely, or holds nothing to test.
+        MissingDependencyError: SciPy, or for GGUF files the gguf package, is not installed.
+    """
+    start = time.monotonic()
+    _require_scipy()
+    if not formats:
+        raise UsageError("no format to scan for")
+    grids = {name: get_grid(name) for name in dict.fromkeys(formats)}
+    seed = secrets.randbits(63) if seed is None else seed
+    source = open_weights(path)
+    measured = measure(source, grids, seed, max_weights, progress)
+    return judge(source, measured, seed=seed, elapsed_s=time.monotonic() - start)
+
+
+def measure(
+    source: WeightSource,
+    grids: dict[str, Grid],
+    seed: int,
+    max_weights: int = MAX_WEIGHTS,
+    progress: Callable[[int], object] | None = None,
+) -> Measurements:
+    """Measure every target of a model on every grid, one tensor in memory at a time."""
+    measured = Measurements(formats={name: FormatMeasurements() for name in grids})
+    inflations = draw_inflations(generator_for(seed, "neighbouring grids"))
+    for target in source.targets:
+        reason = target.unusable
+        weight = None if reason else source.read(target)
+        if weight is not None:
+            reason = _why_unreadable(weight, grids)
+        if reason or weight is None:
+            measured.skipped.append(SkippedTensor(name=target.name, reason=reason))
+        else:
+            _measure_tensor(target, weight, grids, inflations, seed, max_weights, measured)
+        if progress is not None:
+            progress(target.num_weights)
+    return measured
+
+
+def layer_of(name: str) -> int | None:
+    """Number of the layer that a tensor belongs to, from its name."""
+    match = _LAYER.search(name)
+    return int(match[1]) if match and len(match[1]) < 6 else None
+
+
+def projection_of(name: str) -> str:
+    """What a tensor is within its layer, from its name."""
+    match = _LAYER.search(name)
+    return (name[match.end() :] if match else name).removesuffix(".weight")
+
+
+def scanned_tensor(measured: Measurements, index: int) -> ScannedTensor:
+    """The record of one tensor that was tested."""
+    target, evidence = measured.tensors[index], measured.outliers[index]
+    others = [
+        ratios
+        for place, ratios in enumerate(measured.chunk_ratios)
+        if place != index and projection_of(measured.tensors[place].name) == projection_of(target.name)
+    ]
+    pooled = torch.cat(others).sort().values if others else torch.empty(0)
+    return ScannedTensor(
+        name=target.name,
+        layer=layer_of(target.name),
+        projection=projection_of(target.name),
+        shape=target.matrix_shape,
+        dtype=str(target.dtype).removeprefix("torch."),
+        num_weights=target.num_weights,
+        num_tested=measured.num_tested[index],
+        outlier_share=evidence.share,
+        outlier_p=evidence.p_value,
+        layer_distance=outlier.layer_distance(measured.chunk_ratios[index], pooled),
+    )
+
+
+def _measure_tensor(
+    target: SourceTensor,
+    weight: Tensor,
+    grids: dict[str, Grid],
+    inflations: Sequence[float],
+    seed: int,
+    max_weights: int,
+    measured: Measurements,
+) -> None:
+    generator = generator_for(seed, target.name)
+    if weight.dtype == torch.float64:
+        weight = weight.float()
+    start = spectral.starting_vectors(weight.shape[1], generator)
+    num_tested = weight.numel()
+    part = weight
+    for name, grid in grids.items():
+        part = sample_rows(weight, grid, max_weights, generator)
+        num_tested = min(num_tested, part.numel())
+        _measure_format(target.name, part, grid, inflations, start, generator, measured.formats[name])
+    measured.tensors.append(target)
+    measured.num_tested.append(num_tested)
+    measured.outliers.append(outlier.outlier_test(part, generator))
+    measured.chunk_ratios.append(_thin(outlier.ratios(part)))
+
+
+def _measure_format(
+    name: str,
+    part: Tensor,
+    grid: Grid,
+    inflations: Sequence[float],
+    start: Tensor,
+    generator: torch.Generator,
+    into: FormatMeasurements,
+) -> None:
+    if reproduces(part, grid) >= ON_GRID:
+        into.on_grid.append(name)
+        return
+    edge_ratios, histograms, energies = [], [], []
+    exact = None
+    for rounding in roundings(part, grid, inflations):
+        exact = rounding.error if exact is None else exact
+        edge_ratios.append(spectral.edge_ratio(rounding.error, start))
+        histograms.append(residual.histogram(rounding.position))
+        energies.append(float(rounding.error.square().mean()))
+    if exact is not None and energies[0] < NEAR_GRID * sum(energies[1:]) / len(inflations):
+        surrogates = (sign_surrogate(exact, generator) for _ in inflations)
+        edge_ratios[1:] = [spectral.edge_ratio(surrogate, start) for surrogate in surrogates]
+    into.names.append(name)
+    into.edge_ratios.append(edge_ratios)
+    into.histograms.append(torch.stack(histograms))
+
+
+def _thin(values: Tensor, keep: int = 4096) -> Tensor:
+    """A sorted tensor's quantiles, enough for a comparison of distributions."""
+    if values.numel() <= keep:
+        return values
+    return values[torch.linspace(0, values.numel() - 1, keep).long()]
+
+
+def _why_unreadable(weight: Tensor, grids: dict[str, Grid]) -> str:
+    """Why the values of a tensor cannot be tested, or an empty string; looks at them in pieces."""
+    largest = 0.0
+    for chunk in torch.split(weight.reshape(-1), _VALUES_PER_CHECK):
+        low, high = torch.aminmax(chunk)
+        if not (torch.isfinite(low) and torch.isfinite(high)):
+            return "holds NaN or infinite values"
+        largest = max(largest, float(high), -float(low))
+    if "int8" in grids and largest > torch.finfo(torch.float16).max:
+        return "values overflow in float16, which int8 reads"
+    return ""
+
+
+def _require_scipy() -> None:
+    try:
+        import scipy.special  # noqa: F401
+    except ImportError as error:
+        raise MissingDependencyError("scanning needs SciPy", remedy="pip install 'qcbguard-plugins[scan]'") from error
