@@ -222,13 +222,15 @@ class TestVerifyFindsOut:
         assert "stored as Q5_K, planned as Q4_K" in {tensor.reason for tensor in verdict.tensors}
 
     def test_an_importance_matrix_that_was_not_planned(self, model: Path, tmp_path: Path) -> None:
-        # Q3_K, because grid points of Q4_K are found again whatever weighs them: that file would be as planned.
-        guard_gguf(model, tmp_path / "guarded.gguf", "Q3_K_S", GUARD, options=OPTIONS)
-        matrix = write_imatrix(tmp_path / "i.gguf", {"blk.0.attn_q.weight": normal(256, std=1.0).abs() + 0.01})
-        verdict = verify_gguf(quantize(tmp_path / "guarded.gguf", "Q3_K_S", "--imatrix", str(matrix)))
-        (failed,) = [tensor for tensor in verdict.tensors if not tensor.as_planned]
-        assert failed.name == "blk.0.attn_q.weight"
-        assert "i.gguf, and planned without one" in failed.reason
+        # Q5_K, because grid points of many types are found again whatever weighs them: such a file is as planned.
+        guard_gguf(model, tmp_path / "guarded.gguf", "Q5_K_S", GUARD, options=OPTIONS)
+        names = [f"blk.{i}.attn_{part}.weight" for i in range(2) for part in ("q", "k", "v", "output")]
+        columns = {name: normal(256, seed=i, std=1.0).abs() ** 4 + 1e-3 for i, name in enumerate(names)}
+        matrix = write_imatrix(tmp_path / "i.gguf", columns)
+        verdict = verify_gguf(quantize(tmp_path / "guarded.gguf", "Q5_K_S", "--imatrix", str(matrix)))
+        failed = [tensor for tensor in verdict.tensors if not tensor.as_planned]
+        assert failed and {tensor.name for tensor in failed} <= set(names)
+        assert all("i.gguf, and planned without one" in tensor.reason for tensor in failed)
 
     def test_with_the_importance_matrix_of_the_plan_and_with_another(self, model: Path, tmp_path: Path) -> None:
         names = [name for name in open_gguf(model).tensors if "blk" in name and "norm" not in name]
