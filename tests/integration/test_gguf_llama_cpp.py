@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from qcbguard_plugins import Calibration, Feedback, Guard, Stochastic, guard_checkpoint, verify_checkpoint
 from qcbguard_plugins.backends.gguf.dry_run import dry_run_types
 from qcbguard_plugins.backends.gguf.file import PROVENANCE_KEY, guard_gguf
+from qcbguard_plugins.backends.gguf.folder import ARCHITECTURES, folder_types
 from qcbguard_plugins.backends.gguf.options import GgufOptions
 from qcbguard_plugins.backends.gguf.plan import make_gguf_plan, model_shape
 from qcbguard_plugins.backends.gguf.recipes import RECIPES, predict_types, resolve_recipe
@@ -116,6 +117,22 @@ def test_types_are_predicted_as_llama_quantize_chooses_them(make: Callable[[Path
         assert "commit" in version
 
 
+@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
+def test_a_folders_types_before_anything_is_converted(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = AutoConfig.for_model(
+        model_type, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=320, head_dim=64, pad_token_id=0,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    shapes = [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
+    asked = folder_types(config, shapes, "Q4_K_M", OPTIONS)
+    monkeypatch.setenv("PATH", "")
+    predicted = folder_types(config, shapes, "Q4_K_M", GgufOptions())
+    assert asked.types == predicted.types
+    assert len(asked.types) >= 10
+
+
 class TestGgufFile:
     @pytest.mark.parametrize("type_name", ["F32", "F16", "BF16"])
     @pytest.mark.parametrize("recipe", PROVEN)
@@ -206,13 +223,15 @@ class TestVerifyFindsOut:
         assert "stored as Q5_K, planned as Q4_K" in {tensor.reason for tensor in verdict.tensors}
 
     def test_an_importance_matrix_that_was_not_planned(self, model: Path, tmp_path: Path) -> None:
-        # Q3_K, because grid points of Q4_K are found again whatever weighs them: that file would be as planned.
-        guard_gguf(model, tmp_path / "guarded.gguf", "Q3_K_S", GUARD, options=OPTIONS)
-        matrix = write_imatrix(tmp_path / "i.gguf", {"blk.0.attn_q.weight": normal(256, std=1.0).abs() + 0.01})
-        verdict = verify_gguf(quantize(tmp_path / "guarded.gguf", "Q3_K_S", "--imatrix", str(matrix)))
-        (failed,) = [tensor for tensor in verdict.tensors if not tensor.as_planned]
-        assert failed.name == "blk.0.attn_q.weight"
-        assert "i.gguf, and planned without one" in failed.reason
+        # Q5_K, because grid points of many types are found again whatever weighs them: such a file is as planned.
+        guard_gguf(model, tmp_path / "guarded.gguf", "Q5_K_S", GUARD, options=OPTIONS)
+        names = [f"blk.{i}.attn_{part}.weight" for i in range(2) for part in ("q", "k", "v", "output")]
+        columns = {name: normal(256, seed=i, std=1.0).abs() ** 4 + 1e-3 for i, name in enumerate(names)}
+        matrix = write_imatrix(tmp_path / "i.gguf", columns)
+        verdict = verify_gguf(quantize(tmp_path / "guarded.gguf", "Q5_K_S", "--imatrix", str(matrix)))
+        failed = [tensor for tensor in verdict.tensors if not tensor.as_planned]
+        assert failed and {tensor.name for tensor in failed} <= set(names)
+        assert all("i.gguf, and planned without one" in tensor.reason for tensor in failed)
 
     def test_with_the_importance_matrix_of_the_plan_and_with_another(self, model: Path, tmp_path: Path) -> None:
         names = [name for name in open_gguf(model).tensors if "blk" in name and "norm" not in name]
