@@ -26,6 +26,7 @@ from qcbguard_plugins.detection.neighbours import (
 from qcbguard_plugins.detection.verdict import ON_GRID
 from qcbguard_plugins.errors import MissingDependencyError, UsageError
 from qcbguard_plugins.grids import Grid, get_grid
+from qcbguard_plugins.grids.ggml import GgmlGrid
 from qcbguard_plugins.judgement import judge
 from qcbguard_plugins.report.scan_model import ScannedTensor, ScanReport, SkippedTensor
 
@@ -96,7 +97,7 @@ def scan_model(
     _require_scipy()
     if not formats:
         raise UsageError("no format to scan for")
-    grids = {name: get_grid(name) for name in dict.fromkeys(formats)}
+    grids = {name: _grid_of(name) for name in dict.fromkeys(formats)}
     seed = secrets.randbits(63) if seed is None else seed
     source = open_weights(path)
     measured = measure(source, grids, seed, max_weights, progress)
@@ -125,6 +126,25 @@ def measure(
         if progress is not None:
             progress(target.num_weights)
     return measured
+
+
+def _grid_of(format: str) -> Grid:
+    """The grid of a format; a recipe of llama.cpp mixes types, and is tested on its base type."""
+    if format.startswith("gguf:"):
+        from qcbguard_plugins.backends.gguf.recipes import RECIPES
+
+        recipe = format.removeprefix("gguf:")
+        return get_grid(f"gguf:{RECIPES.get(recipe, recipe)}")
+    return get_grid(format)
+
+
+def _fitting(grid: Grid, num_columns: int) -> Grid | None:
+    """The grid for rows of this length: where a GGUF type does not fit them, the one that llama.cpp takes instead."""
+    while isinstance(grid, GgmlGrid) and num_columns % grid.block_type.block_size:
+        if not grid.block_type.fallback:
+            return None
+        grid = get_grid(f"gguf:{grid.block_type.fallback}")
+    return grid
 
 
 def layer_of(name: str) -> int | None:
@@ -178,9 +198,11 @@ def _measure_tensor(
     num_tested = weight.numel()
     part = weight
     for name, grid in grids.items():
-        part = sample_rows(weight, grid, max_weights, generator)
+        fitting = _fitting(grid, weight.shape[1])
+        assert fitting is not None, "tensors that no grid fits were skipped"
+        part = sample_rows(weight, fitting, max_weights, generator)
         num_tested = min(num_tested, part.numel())
-        _measure_format(target.name, part, grid, inflations, start, generator, measured.formats[name])
+        _measure_format(target.name, part, fitting, inflations, start, generator, measured.formats[name])
     measured.tensors.append(target)
     measured.num_tested.append(num_tested)
     measured.outliers.append(outlier.outlier_test(part, generator))
@@ -229,6 +251,9 @@ def _why_unreadable(weight: Tensor, grids: dict[str, Grid]) -> str:
         if not (torch.isfinite(low) and torch.isfinite(high)):
             return "holds NaN or infinite values"
         largest = max(largest, float(high), -float(low))
+    for name, grid in grids.items():
+        if _fitting(grid, weight.shape[1]) is None:
+            return f"its rows of {weight.shape[1]} weights fit no type of {name}"
     if "int8" in grids and largest > torch.finfo(torch.float16).max:
         return "values overflow in float16, which int8 reads"
     return ""

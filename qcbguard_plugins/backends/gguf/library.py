@@ -60,6 +60,11 @@ class GgmlLibrary:
         """
         rows = weight.detach().cpu().contiguous().numpy()
         num_rows, num_columns = rows.shape
+        if num_columns % block_type.block_size:
+            # The library would write past the end of the buffer.
+            raise UsageError(
+                f"{block_type.name} takes rows of a multiple of {block_type.block_size}, not {num_columns}"
+            )
         packed = np.empty((num_rows, block_type.row_bytes(num_columns)), np.uint8)
         columns = None if importance is None else np.ascontiguousarray(importance.cpu().numpy(), np.float32)
         self._handle.ggml_quantize_init(block_type.number)
