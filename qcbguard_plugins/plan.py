@@ -13,7 +13,7 @@ import torch
 
 from qcbguard_plugins.checkpoint import Checkpoint, TensorEntry, open_checkpoint
 from qcbguard_plugins.errors import UnguardableError, UsageError
-from qcbguard_plugins.grids import Grid, get_grid
+from qcbguard_plugins.grids import AffineGrid, Grid, get_grid
 from qcbguard_plugins.rounding import DTYPES
 
 if TYPE_CHECKING:
@@ -160,8 +160,11 @@ def _split_formats(format: str) -> tuple[str, ...]:
     if len(set(formats)) < len(formats) or sum(name.startswith("gguf:") for name in formats) > 1:
         raise UsageError(f"{format!r} names a format twice, or two GGUF recipes", remedy="Guard once for each of them.")
     for name in formats:
-        if not name.startswith("gguf:"):
-            get_grid(name)
+        if not name.startswith("gguf:") and isinstance(get_grid(name), AffineGrid):
+            raise UsageError(
+                f"{name} can be scanned for and not guarded: GPTQ moves weights while it rounds",
+                remedy="Guard for nf4, fp4, int8 or a GGUF recipe.",
+            )
     return formats
 
 

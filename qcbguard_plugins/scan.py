@@ -25,7 +25,7 @@ from qcbguard_plugins.detection.neighbours import (
 )
 from qcbguard_plugins.detection.verdict import ON_GRID
 from qcbguard_plugins.errors import MissingDependencyError, UsageError
-from qcbguard_plugins.grids import Grid, get_grid
+from qcbguard_plugins.grids import AffineGrid, Grid, get_grid
 from qcbguard_plugins.grids.ggml import GgmlGrid
 from qcbguard_plugins.judgement import judge
 from qcbguard_plugins.report.scan_model import ScannedTensor, ScanReport, SkippedTensor
@@ -144,6 +144,8 @@ def _fitting(grid: Grid, num_columns: int) -> Grid | None:
         if not grid.block_type.fallback:
             return None
         grid = get_grid(f"gguf:{grid.block_type.fallback}")
+    if isinstance(grid, AffineGrid) and grid.group_size and num_columns % grid.group_size:
+        return None
     return grid
 
 

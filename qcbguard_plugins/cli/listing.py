@@ -14,9 +14,9 @@ from qcbguard_plugins.cli.output import print_json
 @click.command("list")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output.")
 def command(as_json: bool) -> int:
-    """List the formats that can be guarded and the methods that can guard them."""
+    """List the formats, and the methods that guard for them."""
     from qcbguard_plugins.defenses import available_defenses
-    from qcbguard_plugins.grids import FORMATS, RECIPE_FORMATS
+    from qcbguard_plugins.grids import FORMATS, RECIPE_FORMATS, SCAN_FORMATS
 
     methods = {
         name: {
@@ -26,11 +26,12 @@ def command(as_json: bool) -> int:
         }
         for name, cls in sorted(available_defenses().items())
     }
+    listed = FORMATS | RECIPE_FORMATS | SCAN_FORMATS
     if as_json:
-        print_json({"schema_version": 1, "kind": "list", "formats": FORMATS | RECIPE_FORMATS, "methods": methods})
+        print_json({"schema_version": 1, "kind": "list", "formats": listed, "methods": methods})
         return 0
     formats = Table("format", "what", box=None, pad_edge=False)
-    for name, summary in (FORMATS | RECIPE_FORMATS).items():
+    for name, summary in listed.items():
         formats.add_row(name, summary)
     table = Table("method", "what", "parameters (--set)", box=None, pad_edge=False)
     for name, cls in sorted(available_defenses().items()):

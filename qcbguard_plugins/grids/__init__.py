@@ -5,11 +5,23 @@ from __future__ import annotations
 import re
 
 from qcbguard_plugins.errors import UsageError
+from qcbguard_plugins.grids.affine import AffineGrid
 from qcbguard_plugins.grids.base import Grid, Lattice, cut_blocks
 from qcbguard_plugins.grids.codebook import BLOCK_SIZES, CodebookGrid
 from qcbguard_plugins.grids.int8 import Int8Grid
 
-__all__ = ["FORMATS", "RECIPE_FORMATS", "CodebookGrid", "Grid", "Int8Grid", "Lattice", "cut_blocks", "get_grid"]
+__all__ = [
+    "FORMATS",
+    "RECIPE_FORMATS",
+    "SCAN_FORMATS",
+    "AffineGrid",
+    "CodebookGrid",
+    "Grid",
+    "Int8Grid",
+    "Lattice",
+    "cut_blocks",
+    "get_grid",
+]
 
 FORMATS = {
     "nf4": "bitsandbytes NF4, blocks of 64",
@@ -20,16 +32,21 @@ FORMATS = {
 RECIPE_FORMATS = {
     "gguf:Q4_K_M": "llama.cpp, by the name that llama-quantize is given: Q4_0 to Q8_0, Q2_K to Q6_K, IQ4_NL, IQ4_XS",
 }
+# GPTQ moves weights between its groups while it rounds, so its codes cannot be planned on this grid alone.
+SCAN_FORMATS = {
+    "gptq-w4g128": "GPTQ integer groups, to scan for and not to guard: 2 to 8 bits, g32, g64, g128 or rows, -asym",
+}
 
 _CODEBOOK_FORMAT = re.compile(r"(nf4|fp4)(?:-b(\d+))?")
+_AFFINE_FORMAT = re.compile(r"gptq-w(\d)(?:g(\d+))?(-asym)?")
 
 
 def get_grid(name: str) -> Grid:
     """The grid of a format.
 
     Args:
-        name: ``nf4``, ``fp4``, ``int8``, ``nf4-b128`` and the like for another block size, or a GGUF tensor type as in
-            ``gguf:Q4_K``.
+        name: ``nf4``, ``fp4``, ``int8``, ``nf4-b128`` and the like for another block size, a GGUF tensor type as in
+            ``gguf:Q4_K``, or GPTQ groups as in ``gptq-w4g128``.
 
     Raises:
         UsageError: The format is unknown, or the block size is not one that the quantizer allows.
@@ -41,11 +58,14 @@ def get_grid(name: str) -> Grid:
         return gguf_grid(name.removeprefix("gguf:"))
     if name == "int8":
         return Int8Grid()
+    affine = _AFFINE_FORMAT.fullmatch(name)
+    if affine is not None:
+        return AffineGrid(int(affine[1]), int(affine[2]) if affine[2] else None, symmetric=not affine[3])
     match = _CODEBOOK_FORMAT.fullmatch(name)
     if match is None:
         raise UsageError(
             f"unknown format {name!r}",
-            remedy=f"Formats: {', '.join(FORMATS | RECIPE_FORMATS)}; nf4 and fp4 take a block size, as in nf4-b128 "
-            f"({', '.join(map(str, BLOCK_SIZES))}).",
+            remedy=f"Formats: {', '.join(FORMATS | RECIPE_FORMATS | SCAN_FORMATS)}; nf4 and fp4 take a block size, "
+            f"as in nf4-b128 ({', '.join(map(str, BLOCK_SIZES))}).",
         )
     return CodebookGrid(match[1], int(match[2] or 64))

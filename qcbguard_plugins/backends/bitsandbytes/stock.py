@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from qcbguard_plugins.backends.transformers import require_transformers
-from qcbguard_plugins.errors import MissingDependencyError, UnguardableError
-from qcbguard_plugins.grids import CodebookGrid, Grid, get_grid
+from qcbguard_plugins.errors import MissingDependencyError, UnguardableError, UsageError
+from qcbguard_plugins.grids import CodebookGrid, Grid, Int8Grid, get_grid
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel
@@ -55,8 +55,14 @@ def format_of(config: BitsAndBytesConfig) -> str:
 
 
 def config_for(format_name: str) -> BitsAndBytesConfig:
-    """The stock configuration that quantizes to a format."""
+    """The stock configuration that quantizes to a format.
+
+    Raises:
+        UsageError: The format is none of bitsandbytes.
+    """
     config_class = require_transformers().BitsAndBytesConfig
+    if not isinstance(get_grid(format_name), (CodebookGrid, Int8Grid)):
+        raise UsageError(f"bitsandbytes does not quantize to {format_name}", remedy="Use nf4, fp4 or int8.")
     if format_name == "int8":
         return config_class(load_in_8bit=True)
     return config_class(load_in_4bit=True, bnb_4bit_quant_type=format_name.split("-")[0])

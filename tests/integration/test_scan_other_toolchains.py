@@ -1,4 +1,4 @@
-"""The scanner on the grids of llama.cpp."""
+"""The scanner on the grids of llama.cpp and of GPTQ."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from qcbguard_plugins.scan import scan_model
 from tests.unit.detection_models import clean_folder, random_weight, save_layers
 
 
-def _boxed(seed: int, type_name: str) -> Tensor:
+def _boxed(seed: int, format: str) -> Tensor:
     """Pushed along a low-rank direction, and held between the weight and what the quantizer makes of it.
 
-    That is the published box for types that search their scales (Mind the Gap).
+    That is the published box for types that search their scales, and for GPTQ (Mind the Gap).
     """
     weight = random_weight(seed, 128, 256)
     try:
-        lattice = get_grid(f"gguf:{type_name}").lattice_of(weight)
+        lattice = get_grid(format).lattice_of(weight)
     except MissingDependencyError:
         pytest.skip("no ggml library is installed")
     point = lattice.dequantize(lattice.nearest)
@@ -35,15 +35,23 @@ def _boxed(seed: int, type_name: str) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("format", "type_name"), [("gguf:Q4_0", "Q4_0"), ("gguf:Q4_K_M", "Q4_K"), ("gguf:Q6_K", "Q6_K")]
+    ("format", "grid"),
+    [
+        ("gguf:Q4_0", "gguf:Q4_0"),
+        ("gguf:Q4_K_M", "gguf:Q4_K"),
+        ("gguf:Q6_K", "gguf:Q6_K"),
+        ("gptq-w4g128", "gptq-w4g128"),
+        ("gptq-w4g32-asym", "gptq-w4g32-asym"),
+        ("gptq-w8", "gptq-w8"),
+    ],
 )
-def test_an_attack_on_a_gguf_type_is_found(tmp_path: Path, format: str, type_name: str) -> None:
-    folder = save_layers(tmp_path / "m", [_boxed(i, type_name) for i in range(8)], torch.float32)
-    report = scan_model(folder, [format, "int8"], seed=1)
+def test_an_attack_on_another_toolchains_format_is_found(tmp_path: Path, format: str, grid: str) -> None:
+    folder = save_layers(tmp_path / "m", [_boxed(i, grid) for i in range(8)], torch.float32)
+    report = scan_model(folder, [format, "nf4"], seed=1)
     assert report.verdict == "attacked" and report.likely_formats == (format,)
 
 
-@pytest.mark.parametrize("format", ["gguf:Q4_0", "gguf:Q8_0", "gguf:Q4_K_M"])
+@pytest.mark.parametrize("format", ["gguf:Q4_0", "gguf:Q8_0", "gguf:Q4_K_M", "gptq-w4g64", "gptq-w8"])
 def test_a_clean_model_is_clean(tmp_path: Path, format: str) -> None:
     """Rows of 192 weights fit no super-block of 256: the type that llama.cpp falls back to is tested instead."""
     try:
@@ -52,7 +60,8 @@ def test_a_clean_model_is_clean(tmp_path: Path, format: str) -> None:
         pytest.skip("no ggml library is installed")
 
 
-def test_rows_that_no_type_fits_are_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("format", ["gguf:Q4_0", "gptq-w4g64"])
+def test_rows_that_no_type_fits_are_named(tmp_path: Path, format: str) -> None:
     folder = save_layers(tmp_path / "m", [random_weight(0, 64, 80), random_weight(1)])
-    report = scan_model(folder, ["gguf:Q4_0"], seed=1)
+    report = scan_model(folder, [format], seed=1)
     assert report.verdict == "incomplete" and "rows of 80" in report.skipped[0].reason
