@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -117,6 +118,12 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrained
 @pytest.fixture
 def llama(model_folder: Callable[[str], Path]) -> Path:
     return model_folder("llama-fp32")
+
+
+@pytest.fixture
+def folder(llama: Path, tmp_path: Path) -> Path:
+    """A copy of the plain model that a test may change."""
+    return Path(shutil.copytree(llama, tmp_path / "model"))
 
 
 @pytest.fixture(scope="session")

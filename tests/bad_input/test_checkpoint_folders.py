@@ -19,15 +19,6 @@ from qcbguard_plugins.errors import CheckpointError, QcbguardError
 from qcbguard_plugins.plan import make_plan
 
 
-@pytest.fixture
-def folder(llama: Path, tmp_path: Path) -> Path:
-    copy = tmp_path / "model"
-    copy.mkdir()
-    for file in llama.iterdir():
-        (copy / file.name).write_bytes(file.read_bytes())
-    return copy
-
-
 def shard(header: object, data: bytes = b"", length: int | None = None) -> bytes:
     encoded = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(encoded) if length is None else length) + encoded + data

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -125,10 +126,7 @@ def test_a_model_in_memory_is_guarded_like_its_folder(llama: Path, tmp_path: Pat
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_coarser_dtype_in_the_configuration_is_planned_for(dtype: str, llama: Path, tmp_path: Path) -> None:
     """transformers loads float32 weights in the configured dtype; both must land."""
-    source = tmp_path / "source"
-    source.mkdir()
-    for file in llama.iterdir():
-        (source / file.name).write_bytes(file.read_bytes())
+    source = shutil.copytree(llama, tmp_path / "source")
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**config, "dtype": dtype}))
     for method, guard in GUARDS.items():
@@ -211,10 +209,7 @@ class TestFailsClosed:
         assert not (llama / "guarded").exists()
 
     def test_a_failure_leaves_nothing_behind(self, llama: Path, tmp_path: Path) -> None:
-        source = tmp_path / "source"
-        source.mkdir()
-        for file in llama.iterdir():
-            (source / file.name).write_bytes(file.read_bytes())
+        source = shutil.copytree(llama, tmp_path / "source")
         tensors = load_file(source / "model.safetensors")
         tensors["model.layers.1.mlp.down_proj.weight"][0, 0] = float("inf")
         save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
@@ -258,10 +253,8 @@ class TestFailsClosed:
                 guard_checkpoint(llama, tmp_path / "guarded", ["nf4"], "stochastic", ignore=[pattern])
 
     def test_unguarded_copies_in_other_forms_are_left_out(self, llama: Path, tmp_path: Path) -> None:
-        source = tmp_path / "source"
-        (source / "onnx").mkdir(parents=True)
-        for file in llama.iterdir():
-            (source / file.name).write_bytes(file.read_bytes())
+        source = shutil.copytree(llama, tmp_path / "source")
+        (source / "onnx").mkdir()
         (source / "pytorch_model.bin").write_bytes(b"not even opened")
         (source / "onnx" / "model.onnx").write_bytes(b"")
         (source / "notes").mkdir()
@@ -296,10 +289,7 @@ class TestSeveralFormats:
 
 
 def test_the_metadata_of_the_source_is_kept(llama: Path, tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    source.mkdir()
-    for file in llama.iterdir():
-        (source / file.name).write_bytes(file.read_bytes())
+    source = shutil.copytree(llama, tmp_path / "source")
     save_file(load_file(llama / "model.safetensors"), source / "model.safetensors", {"format": "pt", "trained": "here"})
     guard_checkpoint(source, tmp_path / "guarded", ["nf4"], "stochastic")
     with safe_open(tmp_path / "guarded" / "model.safetensors", framework="pt") as file:

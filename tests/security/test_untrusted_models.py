@@ -23,15 +23,6 @@ class Model(LlamaForCausalLM):
 """
 
 
-@pytest.fixture
-def folder(llama: Path, tmp_path: Path) -> Path:
-    copy = tmp_path / "model"
-    copy.mkdir()
-    for file in llama.iterdir():
-        (copy / file.name).write_bytes(file.read_bytes())
-    return copy
-
-
 def change_json(path: Path, **changes: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
