@@ -8,8 +8,6 @@ asked again. What it stores in the end *is* the plan; what differs from the meth
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -21,10 +19,11 @@ from qcbguard_plugins.grids.base import cut_blocks
 from qcbguard_plugins.grids.ggml import GgmlGrid, SearchedGrid
 from qcbguard_plugins.grids.ggml_blocks import StoredBlocks
 from qcbguard_plugins.guarded_weight import GuardedWeight, digest_of_rows, row_digests
+from qcbguard_plugins.threads import map_over_threads
 
-# Rows are worked on in runs of about this many weights, which stay in a processor's cache and are just below the size
-# that torch splits over threads. Each has random draws of its own.
-_WEIGHTS_PER_RUN = (1 << 15) - 1
+# Rows are worked on in runs of about this many weights, which stay in a processor's cache. Each has random draws of its
+# own, and rows do not depend on each other, so any thread may take any run.
+_WEIGHTS_PER_RUN = 1 << 17
 _MAX_ROUNDS = 6
 # A block is asked about again while it stores a weight further than this share of a step from what was handed over.
 _TOLERANCE = 1 / 16
@@ -94,14 +93,14 @@ def guard_on_ggml(
         raise UnguardableError(f"{name} cannot be guarded: it holds NaN or infinity as {grid.name} reads it")
     if defense.needs_calibration:
         choices = [_choose(weight, grid, defense, Evidence(rng_for(seed, name), hessian))]
-        parts = _over_threads(lambda run: _finish(choices[0].rows(run, columns), weight, run, grid), _runs(weight))
+        parts = map_over_threads(lambda run: _finish(choices[0].rows(run, columns), weight, run, grid), _runs(weight))
     else:
 
         def round_run(run: slice) -> _Part:
             evidence = Evidence(rng_for(seed, f"{name}:{run.start}"))
             return _finish(_choose(weight[run], grid, defense, evidence), weight, run, grid)
 
-        parts = _over_threads(round_run, _runs(weight))
+        parts = map_over_threads(round_run, _runs(weight))
     energy, lost = sum(part.energy for part in parts), sum(part.lost_energy for part in parts)
     if lost > _MAX_LOST_ENERGY * energy:
         raise UnguardableError(
@@ -132,15 +131,6 @@ def _runs(weight: Tensor) -> list[slice]:
     rows, columns = weight.shape
     step = max(1, _WEIGHTS_PER_RUN // columns)
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
-
-
-def _over_threads(work: Callable[[slice], _Part], runs: list[slice]) -> list[_Part]:
-    """Rows do not depend on each other, so any thread may take any run."""
-    workers = min(torch.get_num_threads(), len(runs))
-    if workers == 1:
-        return [work(run) for run in runs]
-    with ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(work, runs))
 
 
 def _choose(weight: Tensor, grid: GgmlGrid, defense: Defense, evidence: Evidence) -> _Choice:

@@ -7,7 +7,6 @@ load in another 16- or 32-bit dtype of a 4-bit grid. Scale holders keep their va
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass
 
 import torch
@@ -19,6 +18,7 @@ from qcbguard_plugins.grids.base import Grid, Lattice, cut_blocks
 from qcbguard_plugins.grids.ggml import GgmlGrid
 from qcbguard_plugins.guarded_weight import GuardedWeight, codes_digest
 from qcbguard_plugins.landing import guard_on_ggml
+from qcbguard_plugins.threads import map_over_threads
 
 __all__ = ["DTYPES", "GuardedWeight", "codes_digest", "guard_weight"]
 
@@ -27,8 +27,8 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # A segment of a weight has random draws of its own, so the result does not depend on who works on it, and when.
 _WEIGHTS_PER_SEGMENT = 1 << 20
 
-# On a processor it is worked on in runs that stay in the cache, and just below the size that torch splits over threads.
-_WEIGHTS_PER_RUN = (1 << 15) - 1
+# On a processor it is worked on in runs that stay in the cache.
+_WEIGHTS_PER_RUN = 1 << 18
 
 # A frozen weight that holds no scale belongs to a block too small for its dtype. Such blocks may carry at most this
 # share of a tensor's energy; above it a rescaled layer could hide an attack in them.
@@ -56,14 +56,10 @@ def guard_weight(
     if isinstance(grid, GgmlGrid):
         return guard_on_ggml(weight, grid, defense, seed=seed, name=name, hessian=hessian)
     job = _Job(weight, grid, defense, seed, name, hessian)
-    segments = job.segments()
-    workers = torch.get_num_threads() if weight.device.type == "cpu" else 1
-    if workers > 1 and len(segments) > 1:
-        # Threads over segments, each too small for torch to split: dozens of parallel regions a run would cost more.
-        with ThreadPoolExecutor(workers) as pool:
-            tallies = list(pool.map(job.round_segment, segments))
+    if weight.device.type == "cpu":
+        tallies = map_over_threads(job.round_segment, job.segments())
     else:
-        tallies = [job.round_segment(segment) for segment in segments]
+        tallies = [job.round_segment(segment) for segment in job.segments()]
     tally = sum(tallies, _Tally())
     tally.check(grid, weight.dtype, name)
     shape, numel = weight.shape, weight.numel()

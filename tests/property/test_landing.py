@@ -101,11 +101,14 @@ def test_guarding_twice_changes_nothing_more(weight: Tensor, name: str, seed: in
 def test_neither_runs_nor_workers_show(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = _weight(60, 192, 0, -5, 1.0)
     monkeypatch.setattr("qcbguard_plugins.rounding._WEIGHTS_PER_SEGMENT", 4096)
+    before = torch.get_num_threads()
     results = []
     for threads, size in [(1, 1 << 15), (1, 512), (4, 512)]:
-        monkeypatch.setattr("torch.get_num_threads", lambda threads=threads: threads)
+        torch.set_num_threads(threads)
         monkeypatch.setattr("qcbguard_plugins.rounding._WEIGHTS_PER_RUN", size)
         results.append(guard_weight(weight, get_grid(name), Stochastic(), seed=3, name="w"))
+        assert torch.get_num_threads() == threads
+    torch.set_num_threads(before)
     for other in results[1:]:
         assert torch.equal(results[0].weight, other.weight)
         assert (results[0].num_moved, results[0].num_frozen) == (other.num_moved, other.num_frozen)

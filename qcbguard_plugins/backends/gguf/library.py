@@ -11,7 +11,6 @@ import ctypes
 import hashlib
 import importlib.util
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import metadata
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from qcbguard_plugins.errors import MissingDependencyError, UsageError
 from qcbguard_plugins.grids.ggml_blocks import BlockType
+from qcbguard_plugins.threads import map_over_threads
 
 _FLOATS = ctypes.POINTER(ctypes.c_float)
 # Rows go to the threads in runs of about this many weights.
@@ -83,13 +83,7 @@ class GgmlLibrary:
             return written
 
         step = max(1, _WEIGHTS_PER_CHUNK // num_columns)
-        starts = range(0, num_rows, step)
-        workers = min(torch.get_num_threads(), len(starts))
-        if workers == 1:
-            written = sum(map(quantize_rows, starts))
-        else:
-            with ThreadPoolExecutor(workers) as pool:
-                written = sum(pool.map(quantize_rows, starts))
+        written = sum(map_over_threads(quantize_rows, range(0, num_rows, step)))
         if written != packed.nbytes:
             raise MissingDependencyError(
                 f"{self.path.name} wrote {written} bytes of {block_type.name} where {packed.nbytes} were due",
