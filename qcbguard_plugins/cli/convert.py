@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from qcbguard_plugins.cli.options import gguf_options, parse_parameters, read_gguf_options
+from qcbguard_plugins.cli.options import gguf_options, guard_options, parse_parameters, read_gguf_options
 from qcbguard_plugins.cli.output import json_option, print_report
 from qcbguard_plugins.errors import UnguardableError
 
@@ -16,10 +16,7 @@ from qcbguard_plugins.errors import UnguardableError
     "convert-hf-to-gguf", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False}
 )
 @click.option("--for", "recipe", required=True, help="What llama-quantize will be given: Q4_K_M, Q8_0, ...")
-@click.option("--method", default="stochastic", show_default=True, help="A defense that needs no data.")
-@click.option("--set", "parameters", multiple=True, help="Parameter of the method, as in --set sigma=0.2.")
-@click.option("--seed", type=click.IntRange(min=0), help="Seed; a fresh one by default, recorded either way.")
-@click.option("--ignore", multiple=True, help="Leave these tensors unguarded: a glob, or re:REGEX. The run exits 3.")
+@guard_options("stochastic", "A defense that needs no data.")
 @gguf_options
 @json_option
 @click.argument("script", type=click.Path(path_type=Path))

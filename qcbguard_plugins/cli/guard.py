@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from qcbguard_plugins.cli.options import gguf_options, parse_parameters, read_gguf_options
+from qcbguard_plugins.cli.options import gguf_options, guard_options, parse_parameters, read_gguf_options
 from qcbguard_plugins.cli.output import json_option, print_report, progress_bar, quieten_libraries
 from qcbguard_plugins.errors import UnguardableError, UsageError
 
@@ -21,16 +21,13 @@ from qcbguard_plugins.errors import UnguardableError, UsageError
     help="Formats that the model will be quantized to, with commas: nf4, fp4, int8, gguf:Q4_K_M, ...",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Folder to make; it must not exist.")
-@click.option("--method", default="feedback", show_default=True, help="Defense; see 'qcbguard list'.")
-@click.option("--set", "parameters", multiple=True, help="Parameter of the method, as in --set width=0.25.")
-@click.option("--seed", type=click.IntRange(min=0), help="Seed; a fresh one by default, recorded either way.")
+@guard_options("feedback", "Defense; see 'qcbguard list'.")
 @click.option(
     "--calibration",
     default="auto",
     show_default=True,
     help="builtin, self (the model writes), auto, or the path of a .txt or .jsonl file.",
 )
-@click.option("--ignore", multiple=True, help="Leave these tensors unguarded: a glob, or re:REGEX. The run exits 3.")
 @click.option("--dry-run", is_flag=True, help="Print the plan, its memory and its time, and stop.")
 @click.option(
     "--outtype",

@@ -40,6 +40,30 @@ _OPTIONS = (
 )
 
 
+def guard_options(method: str, help: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The options of every verb that guards: the method with its parameters, the seed, and what is left out.
+
+    Args:
+        method: The default method.
+        help: What to say of ``--method``.
+    """
+    options = (
+        click.option("--method", default=method, show_default=True, help=help),
+        click.option("--set", "parameters", multiple=True, help="Parameter of the method, as in --set sigma=0.2."),
+        click.option("--seed", type=click.IntRange(min=0), help="Seed; a fresh one by default, recorded either way."),
+        click.option(
+            "--ignore", multiple=True, help="Leave these tensors unguarded: a glob, or re:REGEX. The run exits 3."
+        ),
+    )
+
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
 def gguf_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options of every verb that guards for llama.cpp."""
     for option in reversed(_OPTIONS):
