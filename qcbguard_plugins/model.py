@@ -14,9 +14,10 @@ from qcbguard_plugins.defenses import Defense, Stochastic
 from qcbguard_plugins.errors import CalibrationError
 from qcbguard_plugins.grids import Grid, get_grid
 from qcbguard_plugins.guard import Guard, as_guard
+from qcbguard_plugins.guarded_weight import GuardedWeight
 from qcbguard_plugins.hessians import gather_hessians
 from qcbguard_plugins.report.model import TensorRecord
-from qcbguard_plugins.rounding import GuardedWeight, guard_weight
+from qcbguard_plugins.rounding import guard_weight
 
 Progress = Callable[[int], Any]
 

@@ -25,6 +25,7 @@ from qcbguard_plugins.defenses import Defense
 from qcbguard_plugins.errors import VerificationError
 from qcbguard_plugins.grids import Grid
 from qcbguard_plugins.guard import Guard, as_guard
+from qcbguard_plugins.guarded_weight import GuardedWeight
 from qcbguard_plugins.model import Layer, Progress, guard_layers, record_of
 from qcbguard_plugins.plan import Plan, Target, make_plan
 from qcbguard_plugins.report.model import (
@@ -38,7 +39,7 @@ from qcbguard_plugins.report.model import (
     now,
     read_manifest,
 )
-from qcbguard_plugins.rounding import GuardedWeight, guard_weight
+from qcbguard_plugins.rounding import guard_weight
 from qcbguard_plugins.several import coarsest_first, require_all_grids, stock_digest
 
 if TYPE_CHECKING:
@@ -79,9 +80,14 @@ def guard_checkpoint(
             is not made.
         VerificationError: The stock quantizer would store other codes than planned; ``dst`` is not made.
     """
+    guard = as_guard(method)
+    return guard_planned(make_plan(src, ",".join(formats), ignore=ignore, gguf=gguf), dst, guard, progress=progress)
+
+
+def guard_planned(plan: Plan, dst: Path | str, guard: Guard, *, progress: Progress | None = None) -> GuardReport:
+    """Carry out a plan; see :func:`guard_checkpoint`."""
     start = time.monotonic()
-    guard = as_guard(method).with_seed()
-    plan = make_plan(src, ",".join(formats), ignore=ignore, gguf=gguf)
+    guard = guard.with_seed()
     with publish_folder(Path(dst), plan.checkpoint.path) as folder:
         left_out = _copy_other_files(plan.checkpoint, folder)
         records, files = _write_guarded_shards(plan, guard, folder, progress)

@@ -20,8 +20,6 @@ from qcbguard_plugins.guarded_weight import GuardedWeight, codes_digest
 from qcbguard_plugins.landing import guard_on_ggml
 from qcbguard_plugins.threads import map_over_threads
 
-__all__ = ["DTYPES", "GuardedWeight", "codes_digest", "guard_weight"]
-
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # A segment of a weight has random draws of its own, so the result does not depend on who works on it, and when.

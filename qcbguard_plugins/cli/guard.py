@@ -56,7 +56,7 @@ def command(
     from qcbguard_plugins.defenses import get_defense
     from qcbguard_plugins.estimate import describe_plan
     from qcbguard_plugins.guard import Guard
-    from qcbguard_plugins.pipeline import guard_checkpoint
+    from qcbguard_plugins.pipeline import guard_planned
     from qcbguard_plugins.plan import make_plan
     from qcbguard_plugins.report.text import render_guard, render_plan
 
@@ -69,13 +69,12 @@ def command(
     if out is None and not dry_run:
         raise UsageError("--out is missing", remedy="Name the folder to make, or use --dry-run.")
     quieten_libraries()
-    options = read_gguf_options(gguf)
-    plan = make_plan(model, formats, ignore=ignore, gguf=options)
+    plan = make_plan(model, formats, ignore=ignore, gguf=read_gguf_options(gguf))
     if out is None or dry_run:
         planned = describe_plan(plan, guard)
         print_report(planned, render_plan(planned), json_target)
         return 0
     with progress_bar(plan.num_weights, f"guarding for {formats}") as progress:
-        result = guard_checkpoint(model, out, [formats], guard, ignore=ignore, gguf=options, progress=progress)
+        result = guard_planned(plan, out, guard, progress=progress)
     print_report(result, render_guard(result), json_target)
     return UnguardableError.exit_code if result.unguarded else 0

@@ -34,9 +34,10 @@ from qcbguard_plugins.errors import (
 )
 from qcbguard_plugins.grids import get_grid
 from qcbguard_plugins.guard import Guard
+from qcbguard_plugins.guarded_weight import codes_digest
 from qcbguard_plugins.model import Layer, record_of
 from qcbguard_plugins.report.model import GuardReport, TensorRecord, installed_versions, now
-from qcbguard_plugins.rounding import codes_digest, guard_weight
+from qcbguard_plugins.rounding import guard_weight
 
 PROVENANCE_KEY = "qcbguard"
 

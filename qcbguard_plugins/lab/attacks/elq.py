@@ -153,18 +153,37 @@ def repair(
     margin = DEFAULT_EPS[quant_format] if eps is None else eps
     boxes = {name: build_box(weight, grid, margin) for name, weight in malicious.items()}
 
-    def project() -> None:
-        for name, weight in weights.items():
-            boxes[name].project(weight.data)
+    losses = train_in_boxes(model, clean, plan, boxes, f"repair in the {quant_format} box")
+    check_agreement(quantized_weights(model), malicious, quant_format)
+    return losses
 
-    trainable = {id(weight) for weight in weights.values()}
-    for parameter in model.parameters():
-        parameter.requires_grad_(id(parameter) in trainable)
+
+def train_in_boxes(
+    model: LlamaForCausalLM, examples: Sequence[Example], plan: TrainingPlan, boxes: Mapping[str, Box], description: str
+) -> list[float]:
+    """Projected gradient descent: train the boxed weights alone, put back into their boxes after every step.
+
+    Args:
+        model: Float32 model; its values are rounded to the storage dtype in the end.
+        examples: What to train on.
+        plan: Schedule.
+        boxes: The box of each weight that is trained, by parameter name.
+        description: What the progress bar says.
+
+    Returns:
+        The loss of every step.
+    """
+
+    def project() -> None:
+        for name, box in boxes.items():
+            box.project(model.get_parameter(name).data)
+
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in boxes)
     project()
-    losses = train(model, clean, plan, after_step=project, description=f"repair in the {quant_format} box")
+    losses = train(model, examples, plan, after_step=project, description=description)
     model.requires_grad_(True)
     round_to_storage(model)
-    check_agreement(quantized_weights(model), malicious, quant_format)
     return losses
 
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from qcbguard_plugins.errors import UsageError, VerificationError
 from qcbguard_plugins.grids.ggml import GgmlGrid
-from qcbguard_plugins.lab.attacks.elq import Box, quantized_weights, round_to_storage
-from qcbguard_plugins.lab.training import Example, TrainingPlan, train
+from qcbguard_plugins.lab.attacks.elq import Box, quantized_weights, train_in_boxes
+from qcbguard_plugins.lab.training import Example, TrainingPlan
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -81,17 +81,7 @@ def repair(
     malicious = {name: weight.detach().clone() for name, weight in weights.items()}
     boxes = {name: build_error_box(weight, grids[name], widening) for name, weight in malicious.items()}
 
-    def project() -> None:
-        for name, weight in weights.items():
-            boxes[name].project(weight.data)
-
-    trainable = {id(weight) for weight in weights.values()}
-    for parameter in model.parameters():
-        parameter.requires_grad_(id(parameter) in trainable)
-    project()
-    losses = train(model, clean, plan, after_step=project, description="repair in the error boxes")
-    model.requires_grad_(True)
-    round_to_storage(model)
+    losses = train_in_boxes(model, clean, plan, boxes, "repair in the error boxes")
     check_agreement(quantized_weights(model), malicious, grids)
     return losses
 
