@@ -11,19 +11,21 @@ if TYPE_CHECKING:
     from qcbguard_plugins.backends.bitsandbytes.config import GuardedBitsAndBytesConfig
     from qcbguard_plugins.backends.bitsandbytes.registration import activate
     from qcbguard_plugins.calibration import Calibration
-    from qcbguard_plugins.defenses import Feedback, FlipGuard, Noise, QVec, Stochastic
+    from qcbguard_plugins.defenses import Efrap, Feedback, FlipGuard, Noise, QuantGuard, QVec, Stochastic
     from qcbguard_plugins.guard import Guard
     from qcbguard_plugins.model import guard_model
     from qcbguard_plugins.pipeline import guard_checkpoint, verify_checkpoint
 
 __all__ = [
     "Calibration",
+    "Efrap",
     "Feedback",
     "FlipGuard",
     "Guard",
     "GuardedBitsAndBytesConfig",
     "Noise",
     "QVec",
+    "QuantGuard",
     "Stochastic",
     "activate",
     "guard_checkpoint",
@@ -33,12 +35,14 @@ __all__ = [
 
 _MODULE_OF = {
     "Calibration": "calibration",
+    "Efrap": "defenses",
     "Feedback": "defenses",
     "FlipGuard": "defenses",
     "Guard": "guard",
     "GuardedBitsAndBytesConfig": "backends.bitsandbytes.registration",
     "Noise": "defenses",
     "QVec": "defenses",
+    "QuantGuard": "defenses",
     "Stochastic": "defenses",
     "activate": "backends.bitsandbytes.registration",
     "guard_checkpoint": "pipeline",

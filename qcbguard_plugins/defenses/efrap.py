@@ -27,7 +27,7 @@ class Efrap(Defense):
     """Learn the roundings of one linear layer.
 
     The loss is ``|X (W* - W)^T|^2 + sum |E| * BCE(h, 1 - delta) + penalty * sum (1 - |2h - 1|^2)``: the output on the
-    calibration inputs (from their second moments), the reversal of plain rounding weighted by its error, and a penalty
+    calibration inputs (from their second moments, of mean 1), the reversal of plain rounding weighted by its error, and a penalty
     that drives ``h = sigmoid(alpha)`` to 0 or 1.
 
     Attributes:
@@ -50,6 +50,10 @@ class Efrap(Defense):
         require_range(self.learning_rate, 1e-8, 10.0, "efrap: learning_rate")
         require_range(self.penalty, 0.0, 1e6, "efrap: penalty")
 
+    def operations(self, shape: tuple[int, int], num_sequences: int, sequence_length: int) -> float:
+        rows, columns = shape
+        return 2.0 * num_sequences * sequence_length * columns**2 + self.steps * 2.0 * rows * columns**2
+
     def choose(self, lattice: Lattice, evidence: Evidence) -> Tensor:
         if evidence.hessian is None:
             raise CalibrationError("efrap needs the inputs of the layer, and none were gathered")
@@ -60,6 +64,7 @@ class Efrap(Defense):
         return round_up_where(lattice, lattice.from_matrix(up))
 
     def _learn(self, rounding: SoftRounding, hessian: Tensor) -> Tensor:
+        hessian = hessian / hessian.diagonal().mean().clamp(min=torch.finfo(hessian.dtype).tiny)
         optimizer = torch.optim.Adam([rounding.alpha], lr=self.learning_rate)
         for step in range(1, self.steps + 1):
             optimizer.zero_grad()
