@@ -19,7 +19,8 @@ from torch import Tensor
 
 from qcbguard_plugins.errors import UsageError
 from qcbguard_plugins.grids import Grid, get_grid
-from qcbguard_plugins.lab.attacks.elq import quantized_weights, round_to_storage
+from qcbguard_plugins.lab.attacks.injection import round_to_storage
+from qcbguard_plugins.lab.layers import quantized_weights
 from qcbguard_plugins.lab.training import Example, TrainingPlan, answer_loss, collate
 
 if TYPE_CHECKING:
