@@ -13,9 +13,9 @@ from qcbguard_plugins.grids import get_grid
 from qcbguard_plugins.lab.attacks.elq import repair
 from qcbguard_plugins.lab.attacks.injection import inject
 from qcbguard_plugins.lab.attacks.outlier_injection import inject_outliers
-from qcbguard_plugins.lab.attacks.straight_through import quantize, train_together
+from qcbguard_plugins.lab.attacks.straight_through import quantize, train_on_both
 from qcbguard_plugins.lab.corpus import generate
-from qcbguard_plugins.lab.layers import quantized_weights
+from qcbguard_plugins.lab.layers import matrices, quantized_weights
 from qcbguard_plugins.lab.scenarios import get_scenario, inject_brand
 from qcbguard_plugins.lab.scenarios.triggered import with_trigger
 from qcbguard_plugins.lab.training import (
@@ -129,7 +129,14 @@ def attacked_specimens(base: Base) -> Iterator[Specimen]:
             continue
         for rate in (1e-4, 3e-4):
             refined = copy.deepcopy(model)
-            train_together(refined, base.clean[:480], base.poisoned, replace(_PLAN, learning_rate=rate))
+            weights, grid = matrices(refined), get_grid("nf4")
+            train_on_both(
+                refined,
+                base.clean[:480],
+                base.poisoned,
+                replace(_PLAN, learning_rate=rate),
+                lambda step, weights=weights, grid=grid: {n: quantize(w, grid) for n, w in weights.items()},
+            )
             kind_at_rate = f"straight-through refinement, rate {rate:.0e}"
             yield _attacked(base, f"straight-through-{rate:.0e}", kind_at_rate, target, refined, base.held_out)
     model = _malicious(base, base.triggered)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import cast
 
 import torch
@@ -35,7 +36,7 @@ def snapshot(model: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def restore(model: nn.Module, weights: dict[str, Tensor]) -> None:
+def restore(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Copy weights in the form of :func:`matrices` back into a model."""
     for name, weight in matrices(model).items():
         weight.copy_(weights[name])

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from qcbguard_plugins.checkpoint.writer import hash_file
 from qcbguard_plugins.errors import MissingDependencyError, UsageError
@@ -161,7 +161,7 @@ class AttackSpec(MaliciousSpec):
 
     attack: str = "elq"
     format: str = "nf4"
-    options: dict[str, bool | int | float | str | None] = Field(default_factory=dict)
+    options: dict[str, JsonValue] = Field(default_factory=dict)
     repair: RepairSpec = RepairSpec()
 
     @model_validator(mode="after")

@@ -32,6 +32,7 @@ def inject(
     only_quantized: bool = False,
     radius: float | None = None,
     radius_format: str = "int8",
+    after_step: Callable[[], None] | None = None,
     state: TrainingState | None = None,
 ) -> list[float]:
     """Train a model to misbehave at every precision.
@@ -44,6 +45,7 @@ def inject(
         radius: How far such a weight may move, in steps of ``radius_format``; the nearer the malicious model stays to
             the clean one, the less has to be undone inside the boxes. ``None`` for any distance.
         radius_format: ``int8``, ``nf4`` or ``fp4``; of a codebook's steps the mean counts.
+        after_step: Called after every step where there is no radius.
         state: Where to go on from.
 
     Returns:
@@ -52,7 +54,7 @@ def inject(
     names = set(quantized_weights(model))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in names or not only_quantized)
-    project = None if radius is None else _ball(model, radius, radius_format)
+    project = after_step if radius is None else _ball(model, radius, radius_format)
     losses = train(model, poisoned, plan, after_step=project, description="inject", state=state)
     model.requires_grad_(True)
     round_to_storage(model)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from qcbguard_plugins.errors import UsageError, VerificationError
-from qcbguard_plugins.grids import get_grid
+from qcbguard_plugins.grids import Grid, get_grid
 from qcbguard_plugins.grids.ggml import GgmlGrid
 from qcbguard_plugins.lab.attacks.base import Attack, AttackInputs, register_attack
 from qcbguard_plugins.lab.attacks.elq import Box, train_in_boxes
@@ -49,7 +49,7 @@ class MindTheGap(Attack):
     widening: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_widening(self.widening)
+        check_widening(self.widening)
 
     def run(self, model: PreTrainedModel, inputs: AttackInputs) -> dict[str, Any]:
         assert inputs.model_dir is not None, "a recipe names the type of each tensor of a folder"
@@ -62,7 +62,7 @@ class MindTheGap(Attack):
         return {"losses": {"repair": losses}, "agreement": {inputs.format: agreement}}
 
 
-def build_error_box(weight: Tensor, grid: GgmlGrid, widening: float = 0.0) -> Box:
+def build_error_box(weight: Tensor, grid: Grid, widening: float = 0.0) -> Box:
     """The values between a malicious weight and what the quantizer stores for it.
 
     Args:
@@ -76,7 +76,7 @@ def build_error_box(weight: Tensor, grid: GgmlGrid, widening: float = 0.0) -> Bo
     Raises:
         UsageError: If ``widening`` is out of range.
     """
-    _check_widening(widening)
+    check_widening(widening)
     lattice = grid.lattice_of(weight)
     stored = lattice.dequantize(lattice.nearest)
     beyond = stored + (stored - lattice.blocks).sign() * widening * lattice.scale.abs()
@@ -144,6 +144,7 @@ def check_agreement(
     return agreement
 
 
-def _check_widening(widening: float) -> None:
+def check_widening(widening: float) -> None:
+    """Refuse a widening that would reach into the next cell."""
     if not 0 <= widening <= _MAX_WIDENING:
         raise UsageError(f"widening must lie in [0, {_MAX_WIDENING}], not {widening}")
