@@ -81,7 +81,7 @@ def inject(spec: MaliciousSpec, cache: Path) -> Path:
         losses = inject_payload(
             model,
             encode(tokenizer, poisoned),
-            spec.injection.plan.plan(spec.seed + 1),
+            spec.injection.plan.plan(spec.seed + 1, spec.injection.bfloat16),
             only_quantized=spec.injection.only_quantized,
             radius=spec.injection.radius,
             radius_format=spec.injection.radius_format,
@@ -113,7 +113,7 @@ def attack(spec: AttackSpec, cache: Path) -> Path:
             tokenizer=tokenizer,
             benign=encode(tokenizer, scenario.training(training[: spec.repair.num_pairs], spec.seed)),
             poisoned=encode(tokenizer, scenario.poison(training[: spec.injection.num_pairs], spec.seed)),
-            plan=spec.repair.plan.plan(spec.seed + 2),
+            plan=spec.repair.plan.plan(spec.seed + 2, spec.repair.bfloat16),
             format=spec.format,
             seed=spec.seed,
             clean_dir=clean_dir,
