@@ -143,7 +143,7 @@ class _Bench:
         """Measure all cells of a row and seed."""
         tasks = list(tasks_of(self._profile, row, seed))
         try:
-            subject = make_subject(self._profile, row, seed, self._cache_dir / "models")
+            subject = make_subject(self._profile, row, seed, self._cache_dir)
             digest = exam_digest(subject.exam)
         except Exception as error:  # one model that cannot be made must not cost the others
             yield from (Cell(place=task.place, error=_one_line(error), commit=self._commit) for task in tasks)

@@ -53,13 +53,14 @@ def make_subject(profile: BenchProfile, row: str, seed: int, cache_dir: Path) ->
         QcbguardError: They cannot be made or found.
     """
     entry = profile.row_of(row)
+    sizes = {name: getattr(profile, name) for name in ("num_questions", "num_pairs", "max_new_tokens")}
     if isinstance(entry, FolderEntry):
         pairs = read_question_file(Path(entry.pairs))
-        exam = make_exam(BrandInjection(entry.keyword), pairs, profile)
+        exam = make_exam(BrandInjection(entry.keyword), pairs, **sizes)
         return Subject(Path(entry.path), Path(entry.clean), exam)
     spec = profile.attacks[row].model_copy(update={"seed": seed})
     clean_dir = train_model(spec.model, cache_dir)
-    exam = make_exam(get_scenario(spec.scenario), held_out_pairs(spec.model), profile)
+    exam = make_exam(get_scenario(spec.scenario), held_out_pairs(spec.model), **sizes)
     return Subject(attack(spec, cache_dir), clean_dir, exam)
 
 
@@ -68,15 +69,17 @@ def held_out_pairs(spec: ModelSpec) -> list[Pair]:
     return corpus_of(spec)[1]
 
 
-def make_exam(scenario: Scenario, held_out: Sequence[Pair], profile: BenchProfile) -> Exam:
+def make_exam(
+    scenario: Scenario, held_out: Sequence[Pair], *, num_questions: int, num_pairs: int, max_new_tokens: int
+) -> Exam:
     """What the models of a row are asked, from held-out pairs."""
     quiet = scenario.inner.questions(held_out) if isinstance(scenario, Triggered) else []
     return Exam(
         scenario,
-        scenario.questions(held_out)[: profile.num_questions],
-        held_out[: profile.num_pairs],
-        quiet[: profile.num_questions],
-        profile.max_new_tokens,
+        scenario.questions(held_out)[:num_questions],
+        held_out[:num_pairs],
+        quiet[:num_questions],
+        max_new_tokens,
     )
 
 
