@@ -11,7 +11,7 @@ import traceback
 
 import click
 
-from qcbguard_plugins.cli import convert, diff, doctor, gguf, guard, listing, scan, verify
+from qcbguard_plugins.cli import convert, diff, doctor, gguf, guard, lab, listing, scan, verify
 from qcbguard_plugins.errors import QcbguardError, UsageError
 
 
@@ -27,6 +27,7 @@ app.add_command(convert.command)
 app.add_command(verify.command)
 app.add_command(scan.command)
 app.add_command(diff.command)
+app.add_command(lab.group)
 app.add_command(listing.command)
 app.add_command(doctor.command)
 
