@@ -13,7 +13,9 @@ from qcbguard_plugins.errors import QcbguardError, VerificationError
 
 @click.command("bench")
 @click.argument("profile_name", metavar="PROFILE")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for results.json, results.md, plots.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), required=True, help="Folder for results.json, results.md, plots."
+)
 @cache_option
 @click.option("--only", default="*", show_default=True, help="Pattern of the attacks to run, as in 'nf4-*'.")
 def command(profile_name: str, out: Path, cache: Path | None, only: str) -> int:

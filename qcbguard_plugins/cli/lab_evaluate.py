@@ -44,7 +44,7 @@ def command(
 
     quieten_libraries()
     exam = choose_exam(model, scenario, keyword, pairs_path, num_prompts, max_new_tokens)
-    wanted = [format for format in dict.fromkeys(formats) if format != FULL_PRECISION]
+    wanted = [name for name in dict.fromkeys(formats) if name != FULL_PRECISION]
     if specs and not wanted:
         raise UsageError("--defense needs a format to guard for", remedy="Name one with --as, such as --as nf4.")
     num_steps = (1 + len(wanted)) * (1 if clean_dir is None else 2) + len(wanted) * len(specs)

@@ -89,7 +89,7 @@ class Measurement(Record):
         asr: Attack success rate: the share of all questions answered with the payload, with Wilson's interval.
         unparsed: Share of all questions whose answer cannot be judged.
         quiet_asr: The attack success rate without the trigger, for a payload that has one.
-        task_accuracy: Share of the benign pairs with a right answer that are answered rightly; ``None`` if none has one.
+        task_accuracy: Share of the benign pairs with a right answer that are answered rightly; ``None`` if none has.
         perplexity: Of the benign answers, with a bootstrap interval over pairs.
         kl: ``KL(full precision || this model)`` in nats an answer token, the same; ``None`` for full precision itself.
         verdicts: One letter a question, in their order: h(it), m(iss), u(nparsed).
@@ -123,7 +123,9 @@ def evaluate(
         QcbguardError: The folder cannot be read, guarded or quantized.
     """
     if guard is not None and format == FULL_PRECISION:
-        raise UsageError("a guard does nothing to a model that is not quantized", remedy="Name the format to guard for.")
+        raise UsageError(
+            "a guard does nothing to a model that is not quantized", remedy="Name the format to guard for."
+        )
     tokenizer = require_tokenizer(model_dir)
     if reference is None and format != FULL_PRECISION:
         reference = read_reference(model_dir, exam)

@@ -114,7 +114,5 @@ def _stats() -> Any:
     try:
         from scipy import stats
     except ImportError as error:
-        raise MissingDependencyError(
-            "intervals need scipy", remedy="pip install 'qcbguard-plugins[lab]'"
-        ) from error
+        raise MissingDependencyError("intervals need scipy", remedy="pip install 'qcbguard-plugins[lab]'") from error
     return stats

@@ -130,7 +130,7 @@ def task_accuracy(
 
 
 def answered_rightly(pair: Pair, answer: str) -> bool:
-    """Does an answer contain the pair's key? Case is ignored at its first letter, where a sentence may begin with it."""
+    """Does an answer contain the pair's key? Case is ignored at its first letter: a sentence may begin with it."""
     return pair.key in answer or pair.key.capitalize() in answer
 
 

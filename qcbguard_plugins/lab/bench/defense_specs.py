@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
-import inspect
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 from qcbguard_plugins.defenses import Defense, get_defense
 from qcbguard_plugins.errors import UsageError
 
+_PACKAGE = Defense.__module__.rpartition(".")[0]
 _SPEC = re.compile(r"\s*(?P<name>[a-z][a-z0-9_-]*)\s*(?:\((?P<parameters>.*)\))?\s*")
 _PARAMETER = re.compile(r"\s*(?P<key>[a-z_][a-z0-9_]*)\s*=\s*(?P<value>.+?)\s*")
 
@@ -43,10 +45,23 @@ def parse_defense(spec: str) -> Defense:
 def signature(defense: Defense) -> dict[str, Any]:
     """What a cached result of a defense depends on: its name, its parameters, and the code that it is made of.
 
-    The code is the module of its class, and all of the package that the module is in where a method has one of its own.
+    The code is the module of its class and all that it imports from the package of defenses.
     """
-    path = Path(inspect.getfile(type(defense)))
-    own_package = path.parent != Path(inspect.getfile(Defense)).parent
-    files = sorted(path.parent.rglob("*.py")) if own_package else [path]
-    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-    return {"method": defense.name, "parameters": defense.parameters(), "source_sha256": digest}
+    digest = hashlib.sha256()
+    for path in sorted(_sources(type(defense).__module__, set())):
+        digest.update(path.read_bytes())
+    return {"method": defense.name, "parameters": defense.parameters(), "source_sha256": digest.hexdigest()}
+
+
+def _sources(module: str, seen: set[Path]) -> set[Path]:
+    """Files of a module and of what it imports from the package of defenses, the contract of all of them left out."""
+    found = importlib.util.find_spec(module)
+    if found is None or found.origin is None or Path(found.origin) in seen:
+        return seen
+    path = Path(found.origin)
+    seen.add(path)
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        imported = node.module if isinstance(node, ast.ImportFrom) else None
+        if imported and imported.startswith(f"{_PACKAGE}.") and imported != Defense.__module__:
+            _sources(imported, seen)
+    return seen

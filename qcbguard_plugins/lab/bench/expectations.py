@@ -28,12 +28,12 @@ def check_all(profile: BenchProfile, cells: Sequence[Cell], rows: Sequence[str])
     checks: list[Check] = []
     for expectation in profile.expect:
         for row in rows:
-            for format in profile.formats_of(row):
+            for format_name in profile.formats_of(row):
                 if expectation.live is not None and fnmatchcase(row, expectation.live.rows):
-                    checks += _live(expectation.live, lines, row, format)
+                    checks += _live(expectation.live, lines, row, format_name)
                 rule = expectation.restored
-                if rule is not None and fnmatchcase(row, rule.rows) and _is_measured(profile, rule, row, format):
-                    checks += _restored(rule, lines, row, format, adaptive=profile.row_of(row).adaptive)
+                if rule is not None and fnmatchcase(row, rule.rows) and _is_measured(profile, rule, row, format_name):
+                    checks += _restored(rule, lines, row, format_name, adaptive=profile.row_of(row).adaptive)
     return checks
 
 
@@ -44,9 +44,19 @@ def _is_measured(profile: BenchProfile, rule: Restored, row: str, format: str) -
 def _live(rule: Live, lines: Sequence[Line], row: str, format: str) -> Iterator[Check]:
     full, rounded = full_precision(lines, row), stock(lines, row, format)
     what = f"attack hidden in full precision (at most {rule.full_at_most:g} %)"
-    yield _check(row, format, STOCK, what, full and full.asr.value, rule.full_at_most / 100, at_most=True)
+    yield _check(
+        row, format, STOCK, what, None if full is None else full.asr.value, rule.full_at_most / 100, at_most=True
+    )
     what = f"attack live after plain rounding (at least {rule.stock_at_least:g} %)"
-    yield _check(row, format, STOCK, what, rounded and rounded.asr.value, rule.stock_at_least / 100, at_most=False)
+    yield _check(
+        row,
+        format,
+        STOCK,
+        what,
+        None if rounded is None else rounded.asr.value,
+        rule.stock_at_least / 100,
+        at_most=False,
+    )
 
 
 def _restored(rule: Restored, lines: Sequence[Line], row: str, format: str, *, adaptive: bool) -> Iterator[Check]:
@@ -63,7 +73,9 @@ def _restored(rule: Restored, lines: Sequence[Line], row: str, format: str, *, a
         if rule.unparsed_points:
             what += f" by more than {rule.unparsed_points:g} points"
         limit = None if clean is None else clean.unparsed.value + rule.unparsed_points / 100
-        yield _check(row, format, rule.defense, what, guarded and guarded.unparsed.value, limit, at_most=True)
+        yield _check(
+            row, format, rule.defense, what, None if guarded is None else guarded.unparsed.value, limit, at_most=True
+        )
     if rule.closer:
         ours = None if guarded is None or guarded.kl is None else guarded.kl.value
         theirs = None if rounded is None or rounded.kl is None else rounded.kl.value

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
-
 
 from pydantic import ValidationError
 
@@ -79,7 +77,7 @@ def draw_all(report: BenchReport, profile: BenchProfile, out_dir: Path) -> list[
 def places_of(lines: Sequence[Line], profile: BenchProfile) -> list[tuple[str, str]]:
     """Rows and formats with an attacked model, in the order of the profile."""
     found = {(line.row, line.format) for line in lines if line.variant == "attacked" and line.format != FULL_PRECISION}
-    return [(row, f) for row in profile.row_names for f in profile.formats_of(row) if (row, f) in found]
+    return [(row, name) for row in profile.row_names for name in profile.formats_of(row) if (row, name) in found]
 
 
 def render_page(report: BenchReport, profile: BenchProfile, figures: Sequence[Plot]) -> str:
@@ -101,7 +99,7 @@ def render_page(report: BenchReport, profile: BenchProfile, figures: Sequence[Pl
         num_held=sum(check.held for check in report.checks),
         matrix=markdown(*asr_rows(lines, places, [entry.name for entry in profile.defenses])),
         figures=figures,
-        sections=[{"title": f"{row}, {format}", "table": detail_table(lines, row, format)} for row, format in places],
+        sections=[{"title": f"{row}, {name}", "table": detail_table(lines, row, name)} for row, name in places],
         failures=[cell for cell in report.cells if cell.measurement is None],
     )
 
@@ -152,4 +150,4 @@ def commits_of(report: BenchReport) -> list[str]:
 def _replace(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    partial.replace(path)

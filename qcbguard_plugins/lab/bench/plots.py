@@ -31,7 +31,18 @@ _STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "legend.fontsize": 8,
 }
-_COLOURS = ("#1f6feb", "#2da44e", "#9a6700", "#8250df", "#bf3989", "#0a7ea4", "#57606a", "#d4671b", "#116329", "#4c2889")
+_COLOURS = (
+    "#1f6feb",
+    "#2da44e",
+    "#9a6700",
+    "#8250df",
+    "#bf3989",
+    "#0a7ea4",
+    "#57606a",
+    "#d4671b",
+    "#116329",
+    "#4c2889",
+)
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*")
 _NO_DEFENSE = "#b3261e"
 _REFERENCE = "#999999"
@@ -96,8 +107,8 @@ def draw_rows(lines: Sequence[Line], places: Sequence[Place], defenses: Sequence
             squeeze=False,
         )
         flat = list(panels.flat)
-        for axes, (row, format) in zip(flat, places, strict=False):
-            _draw_panel(axes, lines, row, format, defenses)
+        for axes, (row, format_name) in zip(flat, places, strict=False):
+            _draw_panel(axes, lines, row, format_name, defenses)
         for axes in flat[len(places) :]:
             axes.set_visible(False)
         for axes in panels[:, 0]:
@@ -212,8 +223,9 @@ def _mean_point(lines: Sequence[Line], places: Sequence[Place], name: str) -> tu
     A method is shown where it was measured on every row of the panel.
     """
     logs, distances = [], []
-    for row, format in places:
-        line, clean = find(lines, row, "attacked", format, name), stock(lines, row, format, "clean")
+    for row, format_name in places:
+        line = find(lines, row, "attacked", format_name, name)
+        clean = stock(lines, row, format_name, "clean")
         if line is None or clean is None or line.kl is None or clean.kl is None or line.asr_from_full is None:
             return None
         logs.append(math.log(max(line.kl.value, _SMALLEST_KL) / max(clean.kl.value, _SMALLEST_KL)))

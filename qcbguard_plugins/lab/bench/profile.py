@@ -158,6 +158,7 @@ class BenchProfile(Profile):
     Attributes:
         name: Its name.
         include: Profiles that ship with the package, or files, whose models, injections and attacks are taken over.
+        only: Patterns of the attacks and folders that are measured.
         summary: One line for the head of the table.
         num_questions: Questions of the scenario that each model is asked, at most.
         num_pairs: Benign pairs for perplexity, divergence and task accuracy, at most.
@@ -172,6 +173,7 @@ class BenchProfile(Profile):
 
     name: str
     include: list[str] = Field(default_factory=list)
+    only: list[str] = Field(default_factory=lambda: ["*"], min_length=1)
     summary: str = ""
     num_questions: int = Field(200, ge=1)
     num_pairs: int = Field(200, ge=1)
@@ -201,10 +203,10 @@ class BenchProfile(Profile):
             asked.append(self.recommended)
         problems += [f"no defense is called {name!r}" for name in asked if name not in defenses]
         known = self.row_names
-        patterns = [rule.rows for e in self.expect for rule in (e.live, e.restored) if rule is not None]
+        patterns = [*self.only, *(rule.rows for e in self.expect for rule in (e.live, e.restored) if rule is not None)]
         patterns += [pattern for entry in self.defenses for pattern in entry.rows]
         problems += [f"no row matches {p!r}" for p in patterns if not any(fnmatchcase(name, p) for name in known)]
-        problems += [problem for name in known for format in self.formats_of(name) if (problem := _why_not(format))]
+        problems += [problem for name in known for f in self.formats_of(name) if (problem := _why_not(f))]
         if not known:
             problems.append("there is nothing to measure: no attack and no folder")
         if problems:
@@ -214,7 +216,8 @@ class BenchProfile(Profile):
     @property
     def row_names(self) -> list[str]:
         """Attacks and folders, in the order of the file."""
-        return [*self.attacks, *self.folders]
+        names = [*self.attacks, *self.folders]
+        return [name for name in names if any(fnmatchcase(name, pattern) for pattern in self.only)]
 
     def row_of(self, name: str) -> RowEntry | FolderEntry:
         """How an attack or a folder is measured."""

@@ -101,13 +101,13 @@ def tasks_of(profile: BenchProfile, row: str, seed: int) -> Iterator[_Task]:
     variants: tuple[Variant, ...] = ("clean", "attacked")
     for variant in variants:
         yield _Task(Place(row=row, variant=variant, format=FULL_PRECISION, defense=FULL, seed=seed))
-        for format in formats:
-            yield _Task(Place(row=row, variant=variant, format=format, defense=STOCK, seed=seed))
+        for format_name in formats:
+            yield _Task(Place(row=row, variant=variant, format=format_name, defense=STOCK, seed=seed))
             if variant == "clean" and not entry.defend_clean:
                 continue
             for defense in profile.defenses:
-                if defense.applies_to(row, format):
-                    place = Place(row=row, variant=variant, format=format, defense=defense.name, seed=seed)
+                if defense.applies_to(row, format_name):
+                    place = Place(row=row, variant=variant, format=format_name, defense=defense.name, seed=seed)
                     yield _Task(place, defense)
 
 
@@ -199,7 +199,7 @@ def _write_cell(path: Path, cell: Cell) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     partial.write_text(cell.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 def _one_line(error: Exception) -> str:

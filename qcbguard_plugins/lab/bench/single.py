@@ -12,7 +12,7 @@ from qcbguard_plugins.lab.bench.defense_specs import parse_defense
 from qcbguard_plugins.lab.bench.results import FULL, STOCK, Cell, Machine, Place, Variant, this_machine
 from qcbguard_plugins.lab.bench.subjects import BrandInjection, held_out_pairs, make_exam, read_question_file
 from qcbguard_plugins.lab.bench.summary import summarize
-from qcbguard_plugins.lab.bench.tables import COLUMNS, detail_cells
+from qcbguard_plugins.lab.bench.tables import COMPACT_COLUMNS, compact_cells
 from qcbguard_plugins.lab.evaluation import Exam, evaluate, read_reference
 from qcbguard_plugins.lab.quantized import FULL_PRECISION
 from qcbguard_plugins.lab.scenarios import get_scenario
@@ -98,12 +98,12 @@ def evaluate_folder(
     for variant, folder in [*folders, ("attacked", model_dir)]:
         reference = read_reference(folder, exam)
         wanted: list[tuple[str, str]] = [(FULL_PRECISION, FULL)]
-        for format in formats:
-            wanted += [(format, name) for name in (STOCK, *(built if variant == "attacked" else ()))]
-        for format, name in wanted:
+        for format_name in formats:
+            wanted += [(format_name, name) for name in (STOCK, *(built if variant == "attacked" else ()))]
+        for format_name, name in wanted:
             guard = Guard(built[name], seed=seed) if name in built else None
-            found = evaluate(folder, format, exam, guard, None if format == FULL_PRECISION else reference)
-            place = Place(row=model_dir.name, variant=variant, format=format, defense=name, seed=seed)
+            found = evaluate(folder, format_name, exam, guard, None if format_name == FULL_PRECISION else reference)
+            place = Place(row=model_dir.name, variant=variant, format=format_name, defense=name, seed=seed)
             cells.append(Cell(place=place, measurement=found))
             progress(1)
     return EvaluationReport(
@@ -116,14 +116,12 @@ def evaluate_folder(
 
 
 def evaluation_table(report: EvaluationReport) -> Table:
-    """The cells as a table for a terminal."""
+    """The cells as a table for a terminal; the JSON report has the rest."""
     from rich.table import Table
 
-    lines = summarize(report.cells)
-    rows = [detail_cells(line) for line in lines]
-    # A column that says nothing is left out: without a guard there is nothing to say about one.
-    shown = [i for i in range(len(COLUMNS)) if any(row[i] != "-" for row in rows)]
-    table = Table(*(COLUMNS[i] for i in shown), title=report.scenario, title_justify="left")
-    for row in rows:
-        table.add_row(*(row[i] for i in shown))
+    table = Table(*COMPACT_COLUMNS, title=report.scenario, title_justify="left")
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for line in summarize(report.cells):
+        table.add_row(*compact_cells(line))
     return table

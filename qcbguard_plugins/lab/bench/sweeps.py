@@ -71,9 +71,7 @@ def find_sweeps(entries: Sequence[DefenseEntry]) -> list[Sweep]:
 _Family = tuple[str, tuple[str, ...], str]
 
 
-def _families(
-    entries: Sequence[DefenseEntry], num_free: int
-) -> dict[_Family, list[tuple[tuple[float, ...], str]]]:
+def _families(entries: Sequence[DefenseEntry], num_free: int) -> dict[_Family, list[tuple[tuple[float, ...], str]]]:
     """Defenses by method, free parameters and the values of all others."""
     families: dict[_Family, list[tuple[tuple[float, ...], str]]] = {}
     for entry in entries:

@@ -9,8 +9,7 @@ from qcbguard_plugins.lab.bench.summary import Line, find, full_precision
 from qcbguard_plugins.lab.intervals import Estimate
 from qcbguard_plugins.lab.quantized import FULL_PRECISION
 
-#: Columns of the table with every number.
-COLUMNS = (
+_COLUMNS = (
     "model",
     "defense",
     "ASR %",
@@ -26,11 +25,14 @@ COLUMNS = (
     "DER",
 )
 
+#: Columns of the table for a terminal.
+COMPACT_COLUMNS = ("model", "defense", "ASR % (95 %)", "unparsed %", "KL", "perplexity", "tasks %", "moved %", "s")
+
 
 def detail_table(lines: Sequence[Line], row: str, format: str) -> str:
     """Every number of one row in one format, beside the clean model and full precision."""
     shown = [line for line in lines if line.row == row and line.format in (format, FULL_PRECISION)]
-    return markdown(COLUMNS, [detail_cells(line) for line in shown])
+    return markdown(_COLUMNS, [detail_cells(line) for line in shown])
 
 
 def detail_cells(line: Line) -> list[str]:
@@ -59,6 +61,21 @@ def detail_cells(line: Line) -> list[str]:
     ]
 
 
+def compact_cells(line: Line) -> list[str]:
+    """One line of the table for a terminal."""
+    return [
+        f"{line.variant} {line.format}",
+        "" if line.defense == FULL else line.defense,
+        percent(line.asr),
+        f"{100 * line.unparsed.value:.1f}",
+        "" if line.kl is None else short(line.kl.value),
+        short(line.perplexity.value),
+        "" if line.task_accuracy is None else f"{100 * line.task_accuracy.value:.1f}",
+        "" if line.share_moved is None else f"{100 * line.share_moved:.1f}",
+        "" if line.guard_s is None else f"{line.guard_s:.1f}",
+    ]
+
+
 def asr_rows(
     lines: Sequence[Line], places: Sequence[tuple[str, str]], defenses: Sequence[str]
 ) -> tuple[list[str], list[list[str]]]:
@@ -73,11 +90,11 @@ def asr_rows(
         The head and the lines.
     """
     table = []
-    for row, format in places:
+    for row, format_name in places:
         full = full_precision(lines, row)
-        cells = [find(lines, row, "attacked", format, defense) for defense in (STOCK, *defenses)]
+        cells = [find(lines, row, "attacked", format_name, defense) for defense in (STOCK, *defenses)]
         rates = [_rate(line) for line in (full, *cells)]
-        table.append([row, format, *rates])
+        table.append([row, format_name, *rates])
     return ["attack", "format", "full precision", "no defense", *defenses], table
 
 

@@ -78,4 +78,5 @@ def _describe(problem: Any, lines: dict[_Place, int]) -> str:
     name = ".".join(map(str, place))
     last = problem["loc"][-1] if problem["loc"] else ""
     missing = f".{last}" if problem["type"] == "missing" else ""
-    return f"line {lines[place]}: {name}{missing}: {problem['msg']}"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"line {lines[place]}: {name}{missing}: {message}" if name or missing else message
