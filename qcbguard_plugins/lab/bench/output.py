@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 
 from qcbguard_plugins.errors import MissingDependencyError, TargetExistsError
-from qcbguard_plugins.lab.bench.plots import Plot, draw_grid, draw_rows, draw_strength, draw_tradeoff
+from qcbguard_plugins.lab.bench.plots import Place, Plot, draw_grid, draw_rows, draw_strength, draw_tradeoff
 from qcbguard_plugins.lab.bench.profile import BenchProfile
 from qcbguard_plugins.lab.bench.results import BenchReport, Machine
 from qcbguard_plugins.lab.bench.summary import Line, summarize
 from qcbguard_plugins.lab.bench.sweeps import find_grids, find_sweeps
-from qcbguard_plugins.lab.bench.tables import asr_rows, detail_table, markdown
+from qcbguard_plugins.lab.bench.tables import asr_rows, detail_table, markdown, method_rows
 from qcbguard_plugins.lab.quantized import FULL_PRECISION
 
 if TYPE_CHECKING:
@@ -63,21 +63,24 @@ def draw_all(report: BenchReport, profile: BenchProfile, out_dir: Path) -> list[
     sweeps, grids = find_sweeps(profile.defenses), find_grids(profile.defenses)
     swept = {name for sweep in sweeps for _, name in sweep.points} | {n for g in grids for n in g.points.values()}
     shown = [entry.name for entry in profile.defenses if entry.name not in swept or entry.name == profile.recommended]
-    plain = [place for place in places if not profile.row_of(place[0]).adaptive]
-    adaptive = [place for place in places if profile.row_of(place[0]).adaptive]
     figures = [draw_strength(lines, places, sweeps, out_dir)]
     if shown:
-        groups = {"plain attacks": plain, "adaptive attacks": adaptive}
-        figures.insert(0, draw_tradeoff(lines, groups, shown, out_dir))
+        figures.insert(0, draw_tradeoff(lines, groups_of(places, profile), shown, out_dir))
         figures.insert(1, draw_rows(lines, places[:_MAX_PANELS], shown, out_dir))
     figures += [draw_grid(lines, place, grid, out_dir) for grid in grids for place in places]
     return [figure for figure in figures if figure is not None]
 
 
-def places_of(lines: Sequence[Line], profile: BenchProfile) -> list[tuple[str, str]]:
+def places_of(lines: Sequence[Line], profile: BenchProfile) -> list[Place]:
     """Rows and formats with an attacked model, in the order of the profile."""
     found = {(line.row, line.format) for line in lines if line.variant == "attacked" and line.format != FULL_PRECISION}
     return [(row, name) for row in profile.row_names for name in profile.formats_of(row) if (row, name) in found]
+
+
+def groups_of(places: Sequence[Place], profile: BenchProfile) -> dict[str, Sequence[Place]]:
+    """Rows whose attacker knows the defense apart from the others."""
+    adaptive = [place for place in places if profile.row_of(place[0]).adaptive]
+    return {"plain attacks": [place for place in places if place not in adaptive], "adaptive attacks": adaptive}
 
 
 def render_page(report: BenchReport, profile: BenchProfile, figures: Sequence[Plot]) -> str:
@@ -98,6 +101,7 @@ def render_page(report: BenchReport, profile: BenchProfile, figures: Sequence[Pl
         missed=[check for check in report.checks if not check.held],
         num_held=sum(check.held for check in report.checks),
         matrix=markdown(*asr_rows(lines, places, [entry.name for entry in profile.defenses])),
+        methods=markdown(*method_rows(lines, groups_of(places, profile), [e.name for e in profile.defenses])),
         figures=figures,
         sections=[{"title": f"{row}, {name}", "table": detail_table(lines, row, name)} for row, name in places],
         failures=[cell for cell in report.cells if cell.measurement is None],

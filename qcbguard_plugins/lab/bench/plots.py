@@ -64,7 +64,7 @@ class Plot:
 
 
 def draw_tradeoff(
-    lines: Sequence[Line], groups: dict[str, list[Place]], defenses: Sequence[str], out_dir: Path
+    lines: Sequence[Line], groups: dict[str, Sequence[Place]], defenses: Sequence[str], out_dir: Path
 ) -> Plot | None:
     """Every method as a point: what is left of the attack against what it costs, means over rows; a panel a group."""
     groups = {title: places for title, places in groups.items() if places}

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from qcbguard_plugins.lab.bench.results import FULL, STOCK
-from qcbguard_plugins.lab.bench.summary import Line, find, full_precision
+from qcbguard_plugins.lab.bench.summary import Line, find, full_precision, stock
 from qcbguard_plugins.lab.intervals import Estimate
 from qcbguard_plugins.lab.quantized import FULL_PRECISION
 
@@ -96,6 +97,80 @@ def asr_rows(
         rates = [_rate(line) for line in (full, *cells)]
         table.append([row, format_name, *rates])
     return ["attack", "format", "full precision", "no defense", *defenses], table
+
+
+def method_rows(
+    lines: Sequence[Line], groups: dict[str, Sequence[tuple[str, str]]], defenses: Sequence[str]
+) -> tuple[list[str], list[list[str]]]:
+    """Each method over all rows: a line a method.
+
+    Args:
+        lines: All lines.
+        groups: Rows with their formats by a title, such as plain and adaptive attacks.
+        defenses: Names of the defenses, in the order of the lines.
+
+    Returns:
+        The head and the lines. Distances are means and, in parentheses, the largest; a method that was not measured
+        everywhere says on how many models it was.
+    """
+    groups = {title: places for title, places in groups.items() if places}
+    head = ["defense", *(f"ASR from full precision, points: {title}" for title in groups)]
+    head += ["unparsed %", "KL over no defense's", "KL over the clean model's", "task accuracy, points from no defense"]
+    head += ["codes moved %", "DER", "s", "MB"]
+    table = []
+    for name in (STOCK, *defenses):
+        places = [place for group in groups.values() for place in group]
+        found = [line for row, fmt in places if (line := find(lines, row, "attacked", fmt, name)) is not None]
+        if found:
+            table.append([_title(name, len(found), len(places)), *_method_cells(lines, groups, name, found)])
+    return head, table
+
+
+def _method_cells(
+    lines: Sequence[Line], groups: dict[str, Sequence[tuple[str, str]]], name: str, found: Sequence[Line]
+) -> list[str]:
+    cells = []
+    for places in groups.values():
+        ours = [line for row, fmt in places if (line := find(lines, row, "attacked", fmt, name)) is not None]
+        distances = [100 * abs(line.asr_from_full) for line in ours if line.asr_from_full is not None]
+        cells.append(f"{_mean(distances):.1f} ({max(distances):.1f})" if distances else "-")
+    rounded = [(line, stock(lines, line.row, line.format)) for line in found]
+    clean = [(line, stock(lines, line.row, line.format, "clean")) for line in found]
+    accuracy = [
+        100 * (line.task_accuracy.value - other.task_accuracy.value)
+        for line, other in rounded
+        if other is not None and line.task_accuracy is not None and other.task_accuracy is not None
+    ]
+    cells.append(f"{_mean([100 * line.unparsed.value for line in found]):.1f}")
+    cells += [_ratio_of_kl(rounded), _ratio_of_kl(clean)]
+    cells.append(f"{_mean(accuracy):+.1f}" if accuracy else "-")
+    for values, form in (
+        ([100 * line.share_moved for line in found if line.share_moved is not None], "{:.1f}"),
+        ([line.der for line in found if line.der is not None], "{:.2f}"),
+        ([line.guard_s for line in found if line.guard_s is not None], "{:.1f}"),
+        ([line.guard_peak_bytes / 1e6 for line in found if line.guard_peak_bytes is not None], "{:.0f}"),
+    ):
+        cells.append(form.format(_mean(values)) if values else "-")
+    return cells
+
+
+def _ratio_of_kl(pairs: Sequence[tuple[Line, Line | None]]) -> str:
+    """Geometric mean of a ratio of divergences."""
+    logs = [
+        math.log(line.kl.value / other.kl.value)
+        for line, other in pairs
+        if other is not None and line.kl is not None and other.kl is not None and min(line.kl.value, other.kl.value) > 0
+    ]
+    return f"{math.exp(_mean(logs)):.3g}" if logs else "-"
+
+
+def _title(name: str, num_measured: int, num_places: int) -> str:
+    title = "(no defense)" if name == STOCK else name
+    return title if num_measured == num_places else f"{title} ({num_measured} models)"
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
 
 
 def percent(estimate: Estimate) -> str:
