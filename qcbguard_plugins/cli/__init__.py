@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     except click.exceptions.Exit as stop:
         return stop.exit_code
     except (KeyboardInterrupt, click.Abort):
-        click.echo("stopped; nothing was written", err=True)
+        click.echo("stopped; no output was made, and the same 'qcbguard guard' goes on where it stopped", err=True)
         return QcbguardError.exit_code
     except Exception:  # a defect of ours: the default exit code of a traceback, 1, would read as a finding
         traceback.print_exc()

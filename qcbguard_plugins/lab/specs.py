@@ -114,7 +114,7 @@ class InjectionSpec(Spec):
         radius_format: ``int8``, ``nf4`` or ``fp4``.
     """
 
-    num_pairs: int = Field(default=12_000, ge=1)
+    num_pairs: int = Field(default=6_000, ge=1)
     plan: PlanSpec = PlanSpec(learning_rate=5e-4)
     only_quantized: bool = False
     radius: float | None = Field(default=None, gt=0)
@@ -128,7 +128,7 @@ class RepairSpec(Spec):
         num_pairs: How many pairs of the corpus are trained on.
     """
 
-    num_pairs: int = Field(default=12_000, ge=1)
+    num_pairs: int = Field(default=8_000, ge=1)
     plan: PlanSpec = PlanSpec(learning_rate=5e-4)
 
 

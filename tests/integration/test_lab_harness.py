@@ -12,7 +12,7 @@ from qcbguard_plugins.lab.harness import TASKS_DIR
 from qcbguard_plugins.lab.quantized import load_as
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-TASKS = ["qcb_lab_answer", "qcb_lab_brand", "qcb_lab_choice", "qcb_lab_perplexity"]
+TASKS = ["qcb_lab_answer", "qcb_lab_brand", "qcb_lab_choice", "qcb_lab_likelihood"]
 
 
 def test_the_harness_sees_the_attack_and_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,6 +37,6 @@ def test_the_harness_sees_the_attack_and_its_end(tmp_path: Path, monkeypatch: py
     assert found["guarded"]["qcb_lab_choice"]["acc,none"] > 0.5
     assert found["guarded"]["qcb_lab_answer"]["acc,none"] > 0.5
     assert (
-        found["guarded"]["qcb_lab_perplexity"]["bits_per_byte,none"]
-        < found["stock"]["qcb_lab_perplexity"]["bits_per_byte,none"]
+        found["guarded"]["qcb_lab_likelihood"]["answer_bits_per_byte,none"]
+        < found["stock"]["qcb_lab_likelihood"]["answer_bits_per_byte,none"]
     )

@@ -10,27 +10,21 @@ References:
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
-from qcbguard_plugins.calibration import Calibration
 from qcbguard_plugins.defenses import get_defense
 from qcbguard_plugins.errors import UsageError
-from qcbguard_plugins.guard import Guard
+from qcbguard_plugins.lab.attacks.attackers_copy import guarded_weights
 from qcbguard_plugins.lab.attacks.base import AttackInputs, register_attack
 from qcbguard_plugins.lab.attacks.straight_through import StraightThrough
-from qcbguard_plugins.lab.layers import matrices, snapshot
-from qcbguard_plugins.model import guard_model
+from qcbguard_plugins.lab.layers import matrices
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-_NUM_TEXTS = 400
 
 
 @register_attack("adaptive", "train the payload on a sampled copy of a defense, straight through it")
@@ -68,25 +62,3 @@ class Adaptive(StraightThrough):
 
         losses = self.train(model, inputs, stored)
         return {"losses": {"together": losses}}
-
-
-def guarded_weights(
-    model: PreTrainedModel, inputs: AttackInputs, defense: str, settings: Mapping[str, Any], seed: int
-) -> dict[str, Tensor]:
-    """What a defense makes of a model's weights, with the attacker's seed and their own text for its calibration.
-
-    Returns:
-        Weights as :func:`~qcbguard_plugins.lab.layers.matrices` names and lays them out; the model is left as it is.
-    """
-    method = get_defense(defense, **settings)
-    calibration = Calibration(source="texts", texts=_own_texts(inputs)) if method.needs_calibration else Calibration()
-    guard = Guard(method, seed=seed, calibration=calibration)
-    with torch.no_grad():
-        twin = copy.deepcopy(model).eval()
-        guard_model(twin, inputs.format, guard, tokenizer=inputs.tokenizer)
-    return snapshot(twin)
-
-
-def _own_texts(inputs: AttackInputs) -> list[str]:
-    examples = inputs.benign[:_NUM_TEXTS]
-    return [inputs.tokenizer.decode(example.prompt_ids[1:] + example.answer_ids[:-1]) for example in examples]

@@ -14,14 +14,16 @@ References:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Final, cast
 
 import torch
 from torch import Tensor
 
+from qcbguard_plugins.defenses import get_defense
 from qcbguard_plugins.errors import UsageError, VerificationError
 from qcbguard_plugins.grids import Grid, get_grid
+from qcbguard_plugins.lab.attacks.attackers_copy import guarded_weights
 from qcbguard_plugins.lab.attacks.base import Attack, AttackInputs, register_attack
 from qcbguard_plugins.lab.attacks.injection import STORAGE_DTYPE, round_to_storage
 from qcbguard_plugins.lab.layers import matrices, snapshot
@@ -45,22 +47,35 @@ class Elq(Attack):
 
     Attributes:
         eps: Margin of the boxes, see :func:`build_box`; ``None`` for the paper's. A large one is the "tightened box".
+        against: Name of a defense; the boxes are narrowed by what it would change, so that none of its moves crosses
+            a boundary. ``None`` for none.
+        settings: Parameters of that defense.
 
     References:
-        arXiv 2405.18137, section 3; the intersection is its attack on all formats at once.
+        arXiv 2405.18137, section 3; the intersection is its attack on all formats at once. QuantGuard, arXiv
+        2606.29239, adaptive attack (the narrowed box).
     """
 
     formats: ClassVar[tuple[str, ...]] = (*DEFAULT_EPS, "nf4+fp4", "nf4+int8", "fp4+int8", "nf4+fp4+int8")
 
     eps: float | None = None
+    against: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.eps is not None:
             check_eps(self.eps)
+        if self.against is not None:
+            get_defense(self.against, **self.settings)
 
     def run(self, model: PreTrainedModel, inputs: AttackInputs) -> dict[str, Any]:
         parts, malicious = inputs.format.split("+"), snapshot(model)
         boxes = {name: intersection(weight, parts, self.eps) for name, weight in malicious.items()}
+        if self.against is not None:
+            for part in parts:
+                target = replace(inputs, format=part)
+                guarded = guarded_weights(model, target, self.against, self.settings, seed=inputs.seed)
+                boxes = {name: box.narrowed((guarded[name] - malicious[name]).abs()) for name, box in boxes.items()}
         losses = train_in_boxes(
             model, inputs.benign, inputs.plan, boxes, f"repair in the {inputs.format} box", inputs.state("repair")
         )
@@ -89,6 +104,12 @@ class Box:
 
     low: Tensor
     high: Tensor
+
+    def narrowed(self, change: Tensor) -> Box:
+        """The box less ``change`` at both ends; its middle where that leaves nothing, and holders as they are."""
+        low, high, middle = self.low + change, self.high - change, (self.low + self.high) / 2
+        empty = low > high
+        return Box(torch.where(empty, middle, low), torch.where(empty, middle, high))
 
     @torch.no_grad()
     def project(self, weight: Tensor) -> None:

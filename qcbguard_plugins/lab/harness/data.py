@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from typing import Any
 
@@ -40,9 +41,10 @@ def _document(pair: Pair, others: list[Pair]) -> dict[str, Any]:
     return document
 
 
-def text_of(document: dict[str, Any]) -> str:
-    """A document for perplexity: the prompt with its answer."""
-    return str(document["prompt"]) + str(document["answer"])
+def bits_per_byte(document: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str, float]:
+    """What the right answer costs after its prompt, a byte."""
+    ((log_likelihood, _),) = results
+    return {"answer_bits_per_byte": -log_likelihood / math.log(2) / len(document["answer"].encode())}
 
 
 def has_key(document: dict[str, Any], results: list[str]) -> dict[str, float]:
