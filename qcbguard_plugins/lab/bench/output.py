@@ -51,23 +51,24 @@ def read_report(path: Path) -> BenchReport | None:
 def write_results(report: BenchReport, profile: BenchProfile, out_dir: Path) -> None:
     """Write ``results.json``, ``results.md`` and the plots, in place of those of an earlier run."""
     out_dir.mkdir(parents=True, exist_ok=True)
-    figures = draw_all(report, profile, out_dir)
-    _replace(out_dir / PAGE_FILE, render_page(report, profile, figures))
+    # First, because it makes the folder ours: a run that is stopped while it draws can be run again.
     _replace(out_dir / RESULTS_FILE, report.model_dump_json(indent=1) + "\n")
+    _replace(out_dir / PAGE_FILE, render_page(report, profile, draw_all(report, profile, out_dir)))
 
 
-def draw_all(report: BenchReport, profile: BenchProfile, out_dir: Path) -> list[Plot]:
-    """Draw every plot that the cells give."""
+def draw_all(report: BenchReport, profile: BenchProfile, out_dir: Path, prefix: str = "") -> list[Plot]:
+    """Draw every plot that the cells give; the names of their files begin with the prefix."""
+    target = (out_dir, prefix)
     lines = summarize(report.cells)
     places = places_of(lines, profile)
     sweeps, grids = find_sweeps(profile.defenses), find_grids(profile.defenses)
     swept = {name for sweep in sweeps for _, name in sweep.points} | {n for g in grids for n in g.points.values()}
     shown = [entry.name for entry in profile.defenses if entry.name not in swept or entry.name == profile.recommended]
-    figures = [draw_strength(lines, places, sweeps, out_dir)]
+    figures = [draw_strength(lines, places, sweeps, target)]
     if shown:
-        figures.insert(0, draw_tradeoff(lines, groups_of(places, profile), shown, out_dir))
-        figures.insert(1, draw_rows(lines, places[:_MAX_PANELS], shown, out_dir))
-    figures += [draw_grid(lines, place, grid, out_dir) for grid in grids for place in places]
+        figures.insert(0, draw_tradeoff(lines, groups_of(places, profile), shown, target))
+        figures.insert(1, draw_rows(lines, places[:_MAX_PANELS], shown, target))
+    figures += [draw_grid(lines, place, grid, target) for grid in grids for place in places]
     return [figure for figure in figures if figure is not None]
 
 

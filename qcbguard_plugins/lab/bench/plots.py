@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 #: A row with a format.
 Place = tuple[str, str]
+#: A folder, and what the names of the files in it begin with.
+Target = tuple[Path, str]
 
 _STYLE: dict[Any, Any] = {
     "text.parse_math": False,
@@ -64,7 +66,7 @@ class Plot:
 
 
 def draw_tradeoff(
-    lines: Sequence[Line], groups: dict[str, Sequence[Place]], defenses: Sequence[str], out_dir: Path
+    lines: Sequence[Line], groups: dict[str, Sequence[Place]], defenses: Sequence[str], target: Target
 ) -> Plot | None:
     """Every method as a point: what is left of the attack against what it costs, means over rows; a panel a group."""
     groups = {title: places for title, places in groups.items() if places}
@@ -88,10 +90,10 @@ def draw_tradeoff(
             axes.set_xlabel("KL to full precision, over the clean model's\nin the same format")
         panels[0][0].set_ylabel("ASR, distance from full precision, points")
         _legend_outside(figure, panels[0])
-        return _save(figure, out_dir, "asr-utility", "Distance of the attack success rate against divergence")
+        return _save(figure, target, "asr-utility", "Distance of the attack success rate against divergence")
 
 
-def draw_rows(lines: Sequence[Line], places: Sequence[Place], defenses: Sequence[str], out_dir: Path) -> Plot | None:
+def draw_rows(lines: Sequence[Line], places: Sequence[Place], defenses: Sequence[str], target: Target) -> Plot | None:
     """A panel a row and format: attack success rate against divergence, each method as a point."""
     if not places:
         return None
@@ -116,11 +118,11 @@ def draw_rows(lines: Sequence[Line], places: Sequence[Place], defenses: Sequence
         for axes in flat[max(0, len(places) - num_columns) : len(places)]:
             axes.set_xlabel("KL to full precision, nats a token")
         _legend_outside(figure, flat[: len(places)])
-        return _save(figure, out_dir, "asr-utility-rows", "Attack success rate against divergence, model by model")
+        return _save(figure, target, "asr-utility-rows", "Attack success rate against divergence, model by model")
 
 
 def draw_strength(
-    lines: Sequence[Line], places: Sequence[Place], sweeps: Sequence[Sweep], out_dir: Path
+    lines: Sequence[Line], places: Sequence[Place], sweeps: Sequence[Sweep], target: Target
 ) -> Plot | None:
     """Attack success rate and divergence along each method's parameter; a line a row and format."""
     sweeps = [sweep for sweep in sweeps if any(_along(lines, place, sweep, _asr)[0] for place in places)]
@@ -152,10 +154,10 @@ def draw_strength(
         panels[0, 0].set_ylabel("ASR, %")
         panels[1, 0].set_ylabel("KL to full precision, nats a token\n(dotted: no defense)")
         _legend_outside(figure, [panels[0, 0]])
-        return _save(figure, out_dir, "strength", "Attack success rate and divergence along each method's strength")
+        return _save(figure, target, "strength", "Attack success rate and divergence along each method's strength")
 
 
-def draw_grid(lines: Sequence[Line], place: Place, grid: ParameterGrid, out_dir: Path) -> Plot | None:
+def draw_grid(lines: Sequence[Line], place: Place, grid: ParameterGrid, target: Target) -> Plot | None:
     """Heat maps over two parameters: distance of the attack success rate, and divergence."""
     xs, ys = (sorted({key[axis] for key in grid.points}) for axis in (0, 1))
     values = {
@@ -188,7 +190,7 @@ def draw_grid(lines: Sequence[Line], place: Place, grid: ParameterGrid, out_dir:
             axes.tick_params(length=0)
         figure.suptitle(f"{grid.method}, {place[0]}, {place[1]}", x=0.01, ha="left", fontsize=10)
         stem = f"{grid.method}-{grid.x}-{grid.y}-{place[0]}-{place[1]}".replace(":", "-")
-        return _save(figure, out_dir, stem, f"{grid.method} over {grid.x} and {grid.y}: {place[0]}, {place[1]}")
+        return _save(figure, target, stem, f"{grid.method} over {grid.x} and {grid.y}: {place[0]}, {place[1]}")
 
 
 def _draw_panel(axes: Axes, lines: Sequence[Line], row: str, format: str, defenses: Sequence[str]) -> None:
@@ -274,10 +276,12 @@ def _legend_outside(figure: Figure, panels: Sequence[Axes]) -> None:
     figure.legend(entries.values(), entries.keys(), loc="outside right upper")
 
 
-def _save(figure: Figure, out_dir: Path, stem: str, title: str) -> Plot:
-    figure.savefig(out_dir / f"{stem}.svg", metadata={"Date": None})
+def _save(figure: Figure, target: Target, stem: str, title: str) -> Plot:
+    out_dir, prefix = target
+    file = f"{prefix}{stem}.svg"
+    figure.savefig(out_dir / file, metadata={"Date": None})
     _pyplot().close(figure)
-    return Plot(f"{stem}.svg", title)
+    return Plot(file, title)
 
 
 def _pyplot() -> Any:

@@ -173,6 +173,17 @@ def _mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)
 
 
+def clean_rows(
+    lines: Sequence[Line], places: Sequence[tuple[str, str]], defenses: Sequence[str]
+) -> tuple[list[str], list[list[str]]]:
+    """What each defense does to a clean model, where that was measured."""
+    table = []
+    for row, fmt in places:
+        found = [line for name in (STOCK, *defenses) if (line := find(lines, row, "clean", fmt, name)) is not None]
+        table += [[row, *compact_cells(line)] for line in found if len(found) > 1]
+    return ["made from", *COMPACT_COLUMNS], table
+
+
 def percent(estimate: Estimate) -> str:
     """A share in percent with its interval."""
     text = f"{100 * estimate.value:.1f}"
