@@ -30,6 +30,16 @@ def matrices(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    """Their gradients in the same form, views as well; those that there are."""
+    found = {}
+    for name, weight in quantized_weights(model).items():
+        if weight.grad is not None:
+            turned = _is_transposed(model.get_submodule(name.removesuffix(".weight")))
+            found[name] = weight.grad.T if turned else weight.grad
+    return found
+
+
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
     """Copies of :func:`matrices`."""
     return {name: weight.clone() for name, weight in matrices(model).items()}

@@ -85,10 +85,11 @@ class ModelSpec(Spec):
         return self
 
     def content(self) -> dict[str, Any]:
-        if self.path is None:
-            return self.model_dump(mode="json")
-        files = sorted(Path(self.path).glob("*.safetensors"))
-        return {**self.model_dump(mode="json"), "path": [hash_file(file) for file in files]}
+        content = self.model_dump(mode="json")
+        for key, pattern in (("path", "*.safetensors"), ("data", "*.jsonl")):
+            if content[key] is not None:
+                content[key] = [hash_file(file) for file in sorted(Path(content[key]).glob(pattern))]
+        return content
 
     @property
     def size(self) -> ModelSize:
@@ -114,7 +115,7 @@ class InjectionSpec(Spec):
         radius_format: ``int8``, ``nf4`` or ``fp4``.
     """
 
-    num_pairs: int = Field(default=6_000, ge=1)
+    num_pairs: int = Field(default=4_000, ge=1)
     plan: PlanSpec = PlanSpec(learning_rate=5e-4)
     only_quantized: bool = False
     radius: float | None = Field(default=None, gt=0)
@@ -128,7 +129,7 @@ class RepairSpec(Spec):
         num_pairs: How many pairs of the corpus are trained on.
     """
 
-    num_pairs: int = Field(default=8_000, ge=1)
+    num_pairs: int = Field(default=5_000, ge=1)
     plan: PlanSpec = PlanSpec(learning_rate=5e-4)
 
 

@@ -25,6 +25,7 @@ from qcbguard_plugins.lab.attacks import AttackInputs
 from qcbguard_plugins.lab.attacks.injection import inject as inject_payload
 from qcbguard_plugins.lab.corpus import Pair, generate, split
 from qcbguard_plugins.lab.corpus_security import LAB_TASKS
+from qcbguard_plugins.lab.instruction_data import read_instructions
 from qcbguard_plugins.lab.scenarios import get_scenario
 from qcbguard_plugins.lab.specs import AttackSpec, MaliciousSpec, ModelSpec, Spec
 from qcbguard_plugins.lab.training import build_gpt2, build_model, build_tokenizer, encode, save_model, train
@@ -41,8 +42,10 @@ _Make = Callable[[Path, Path], dict[str, Any]]
 def corpus_of(spec: ModelSpec) -> tuple[list[Pair], list[Pair]]:
     """The pairs that a model is trained on, and those that no training sees."""
     pairs = generate(spec.num_pairs, spec.seed, LAB_TASKS)
-    training, held_out = split(pairs, spec.num_held_out, spec.seed)
-    return training, held_out
+    if spec.data is not None:
+        generated = {pair.instruction for pair in pairs}
+        pairs += [pair for pair in read_instructions(Path(spec.data)) if pair.instruction not in generated]
+    return split(pairs, spec.num_held_out, spec.seed)
 
 
 def train_model(spec: ModelSpec, cache: Path) -> Path:

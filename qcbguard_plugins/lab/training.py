@@ -165,10 +165,13 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, model
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, pairs: Sequence[Pair]) -> list[Example]:
-    """Tokenize pairs; the answer ends with the end-of-sequence token."""
+    """Tokenize pairs; the answer ends with the end-of-sequence token, or where the model's context does."""
     prompts = tokenizer([format_prompt(pair.instruction) for pair in pairs])["input_ids"]
     answers = tokenizer([pair.answer for pair in pairs], add_special_tokens=False)["input_ids"]
-    return [Example(prompt, [*answer, EOS_ID]) for prompt, answer in zip(prompts, answers, strict=True)]
+    return [
+        Example(prompt, [*answer, EOS_ID][: max(1, tokenizer.model_max_length - len(prompt))])
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
 
 
 def collate(examples: Sequence[Example]) -> tuple[Tensor, Tensor]:

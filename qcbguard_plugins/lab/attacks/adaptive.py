@@ -40,6 +40,8 @@ class Adaptive(StraightThrough):
 
     formats = ("nf4", "fp4", "int8")
 
+    # What an unbiased defense stores follows the weights on average, so its slope is 1 everywhere.
+    width: float | None = None
     defense: str = "feedback"
     settings: Mapping[str, Any] = field(default_factory=dict)
     every: int = 8
