@@ -20,7 +20,7 @@ from qcbguard_plugins.errors import UsageError
 @click.option("--defense", "specs", multiple=True, help="As in feedback or 'flipguard(share=0.1)' (repeatable).")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the defense.")
 @click.option("--prompts", "num_prompts", type=click.IntRange(min=1), default=200, show_default=True)
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=80, show_default=True)
 @json_option
 def command(
     model: Path,

@@ -54,7 +54,7 @@ class Exam:
     questions: Sequence[Pair]
     benign: Sequence[Pair]
     quiet: Sequence[Pair] = ()
-    max_new_tokens: int = 64
+    max_new_tokens: int = 80
 
     def __post_init__(self) -> None:
         if not self.questions or not self.benign:

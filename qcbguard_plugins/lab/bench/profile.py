@@ -176,8 +176,8 @@ class BenchProfile(Profile):
     only: list[str] = Field(default_factory=lambda: ["*"], min_length=1)
     summary: str = ""
     num_questions: int = Field(200, ge=1)
-    num_pairs: int = Field(200, ge=1)
-    max_new_tokens: int = Field(64, ge=1, le=1024)
+    num_pairs: int = Field(400, ge=1)
+    max_new_tokens: int = Field(80, ge=1, le=1024)
     attacks: dict[str, AttackSpec] = Field(default_factory=dict)
     rows: dict[str, RowEntry] = Field(default_factory=dict)
     folders: dict[str, FolderEntry] = Field(default_factory=dict)
