@@ -109,8 +109,9 @@ def test_der_of_nonsense_is_refused() -> None:
 
 def test_peak_memory_is_that_of_the_work_and_not_of_the_process() -> None:
     _, large = with_peak_bytes(lambda: len(b"a" * 200_000_000))
+    _, again = with_peak_bytes(lambda: len(b"a" * 200_000_000))
     _, small = with_peak_bytes(lambda: None)
-    if large is None or small is None:
+    if large is None or again is None or small is None:
         pytest.skip("the kernel does not tell a process its peak memory")
-    assert large > 150_000_000
+    assert min(large, again) > 150_000_000
     assert small < 50_000_000
