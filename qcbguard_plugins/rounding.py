@@ -133,13 +133,14 @@ class _Job:
 
     def _round(self, run: slice, evidence: Evidence) -> _Tally:
         source = self.source[run]
-        lattice = self.grid.lattice(self.grid.read(source), self.shape, source.dtype)
+        settled = self.grid.settle(source)
+        lattice = self.grid.lattice(self.grid.read(settled), self.shape, source.dtype)
         if not torch.isfinite(lattice.scale).all():
             raise UnguardableError(
                 f"{self.name} cannot be guarded: it holds NaN or infinity as {self.grid.name} reads it"
             )
         codes = torch.where(lattice.frozen, lattice.nearest, self.defense.choose(lattice, evidence))
-        guarded = torch.where(lattice.frozen, source, lattice.dequantize(codes).to(source.dtype))
+        guarded = torch.where(lattice.frozen, settled, lattice.dequantize(codes).to(source.dtype))
         tally = _tally(lattice, source, guarded, codes, self.numel - run.start * source.shape[1])
         self.codes[run], self.guarded[run] = codes, guarded
         return tally
@@ -180,8 +181,7 @@ def _tally(lattice: Lattice, source: Tensor, guarded: Tensor, codes: Tensor, num
     all_frozen = lattice.frozen.all(dim=1)
     if all_frozen.any():
         inner = lattice.blocks[all_frozen]
-        holders = inner.abs() == inner.abs().amax(dim=1, keepdim=True)
-        unplaced = float(inner[~holders].square().sum())
+        unplaced = float(inner[~lattice.grid.holders(inner)].square().sum())
     return _Tally(
         num_moved=int((codes != lattice.nearest).view(-1)[:num_weights].sum()),
         num_frozen=int(lattice.frozen.view(-1)[:num_weights].sum()),
