@@ -4,8 +4,8 @@
 
 "independent" is what the package does: every layer is calibrated on the inputs of the full-precision model. "inputs"
 takes the inputs that the guarded prefix gives. "targets" takes them too, and aims at the outputs of the full-precision
-model: each weight first becomes the least-squares solution `W + W D^T X (X^T X + damping * mean)^-1`, X the inputs after
-guarded layers and D their distance from the full-precision inputs.
+model: each weight first becomes the least-squares solution `W + W D^T X (X^T X + damping * mean)^-1`, X the inputs
+after guarded layers and D their distance from the full-precision inputs.
 """
 
 import argparse
