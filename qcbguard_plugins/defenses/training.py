@@ -172,7 +172,7 @@ def _backward(
     if penalties:
         torch.stack(list(penalties.values())).sum().backward()  # type: ignore[no-untyped-call]
         terms |= {name: value.item() for name, value in penalties.items()}
-    if not method.kl_scale:
+    if not method.has_divergence:
         return terms
     terms["kl"] = 0.0
     for _ in range(method.accumulation):
