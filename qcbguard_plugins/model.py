@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,6 +116,8 @@ def guard_layers(
     guard: Guard,
     tokens: Tensor | None,
     progress: Progress | None = None,
+    *,
+    skip: Collection[str] = (),
 ) -> Iterator[tuple[str, GuardedWeight]]:
     """Guard the named layers of a model in place, one after the other.
 
@@ -127,18 +129,21 @@ def guard_layers(
         tokens: int64 ``[num_sequences, sequence_length]`` for a method that needs calibration; ``None`` lets the model
             write them.
         progress: Called with the number of weights of each layer when it is done.
+        skip: Layers that another process or an earlier run guards. They are evidence all the same, so that what the
+            others become does not depend on who guards them.
 
     Yields:
-        The name of each layer and its guarded weight, ``[out_features, in_features]`` in the dtype that will be read.
+        The name of each other layer and its guarded weight, ``[out_features, in_features]`` in the dtype that will be
+        read.
     """
     assert guard.seed is not None, "the seed is drawn once a run"
     attack_seen = not guard.method.weighs_evidence or looks_attacked(_tested(model, layers, grid), guard.seed)
     if guard.method.needs_calibration:
         if tokens is None:
             tokens = self_generated_tokens(guard.calibration, model, seed=guard.seed)
-        groups: Iterator[Mapping[str, Tensor | None]] = _hessians(model, tokens.to(model.device), layers)
+        groups: Iterator[Mapping[str, Tensor | None]] = _hessians(model, tokens.to(model.device), layers, skip)
     else:
-        groups = iter([dict.fromkeys(layers)])
+        groups = iter([dict.fromkeys(name for name in layers if name not in skip)])
     for hessians in groups:
         for name, hessian in hessians.items():
             module = model.get_submodule(name)
@@ -148,11 +153,14 @@ def guard_layers(
                 progress(module.weight.numel())
 
 
-def _hessians(model: Any, tokens: Tensor, layers: Mapping[str, Layer]) -> Iterator[dict[str, Tensor | None]]:
+def _hessians(
+    model: Any, tokens: Tensor, layers: Mapping[str, Layer], skip: Collection[str]
+) -> Iterator[dict[str, Tensor | None]]:
     """Hessians by layer name, a group at a time; ``None`` for layers that have no inputs."""
-    without = [name for name, layer in layers.items() if layer.inputs_of is None]
+    without = [name for name, layer in layers.items() if layer.inputs_of is None and name not in skip]
     by_module = {layer.inputs_of or name: name for name, layer in layers.items() if layer.inputs_of is not None}
-    for group in gather_hessians(model, tokens, list(by_module)):
+    skipped = {module for module, name in by_module.items() if name in skip}
+    for group in gather_hessians(model, tokens, list(by_module), skip=skipped):
         yield {by_module[module]: hessian for module, hessian in group.items()}
     # Last, because the blocks that were still to come had read the full-precision table.
     yield dict.fromkeys(without)

@@ -222,21 +222,25 @@ def _guard_tensor(
 def _guard_calibrated(
     plan: Plan, pending: Sequence[tuple[Target, str]], guard: Guard, workspace: Workspace, progress: Progress | None
 ) -> Iterator[TensorRecord]:
-    """Load the model in full precision and guard the pending targets, block by block."""
+    """Load the model in full precision and guard the pending targets, block by block.
+
+    The results do not depend on what else is pending.
+    """
     from qcbguard_plugins.backends.transformers import load_full_precision, load_tokenizer
 
     tokenizer = load_tokenizer(plan.checkpoint.path)
     guard.calibration.resolve(has_tokenizer=tokenizer is not None)
     dtypes = {target.dtype for target in plan.targets}
     model = load_full_precision(plan.checkpoint.path, functools.reduce(torch.promote_types, dtypes))
-    grids = {target.layer: _ordered_grids(plan, target) for target, _ in pending}
+    grids = {target.layer: _ordered_grids(plan, target) for target in plan.targets}
     layers = {
         target.layer: Layer(target.transposed, target.read_dtype, grids[target.layer][0], target.inputs_of)
-        for target, _ in pending
+        for target in plan.targets
     }
     tokens = calibration_tokens(guard.calibration, model.config, tokenizer)
     targets = {target.layer: (target, digest) for target, digest in pending}
-    for layer, guarded in guard_layers(model, layers, plan.grids(plan.targets[0])[0], guard, tokens, progress):
+    grid, others = plan.grids(plan.targets[0])[0], layers.keys() - targets.keys()
+    for layer, guarded in guard_layers(model, layers, grid, guard, tokens, progress, skip=others):
         target, digest = targets[layer]
         if len(grids[layer]) > 1:
             guarded = require_all_grids(_read(plan.checkpoint, target), guarded, grids[layer], target.name)
