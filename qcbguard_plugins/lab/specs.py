@@ -109,18 +109,14 @@ class InjectionSpec(Spec):
 
     Attributes:
         num_pairs: How many pairs of the corpus are poisoned.
-        only_quantized: Train the weights that the quantizer rounds, and nothing else, so that embeddings and norms stay
-            benign.
-        radius: How far a weight may move from the clean one, in steps of ``radius_format``; ``None`` for any distance.
-        radius_format: ``int8``, ``nf4`` or ``fp4``.
+        row_outliers: What the largest weight of every row is multiplied by first. The step of LLM.int8 follows it, and
+            so do the boxes; 1 leaves it.
         bfloat16: See :class:`~qcbguard_plugins.lab.training.TrainingPlan`.
     """
 
     num_pairs: int = Field(default=4_000, ge=1)
     plan: PlanSpec = PlanSpec(learning_rate=5e-4)
-    only_quantized: bool = False
-    radius: float | None = Field(default=None, gt=0)
-    radius_format: Literal["int8", "nf4", "fp4"] = "int8"
+    row_outliers: float = Field(default=1.0, ge=1)
     bfloat16: bool = False
 
 

@@ -82,9 +82,7 @@ def inject(spec: MaliciousSpec, cache: Path) -> Path:
             model,
             encode(tokenizer, poisoned),
             spec.injection.plan.plan(spec.seed + 1, spec.injection.bfloat16),
-            only_quantized=spec.injection.only_quantized,
-            radius=spec.injection.radius,
-            radius_format=spec.injection.radius_format,
+            row_outliers=spec.injection.row_outliers,
             state=TrainingState(states / "inject.safetensors"),
         )
         save_model(model, tokenizer, folder)
