@@ -11,7 +11,7 @@ import traceback
 
 import click
 
-from qcbguard_plugins.cli import convert, diff, doctor, gguf, guard, lab, listing, scan, verify
+from qcbguard_plugins.cli import convert, diff, doctor, gguf, guard, lab, lab_bench, lab_evaluate, listing, scan, verify
 from qcbguard_plugins.errors import QcbguardError, UsageError
 
 
@@ -28,6 +28,8 @@ app.add_command(verify.command)
 app.add_command(scan.command)
 app.add_command(diff.command)
 app.add_command(lab.group)
+lab.group.add_command(lab_evaluate.command)
+lab.group.add_command(lab_bench.command)
 app.add_command(listing.command)
 app.add_command(doctor.command)
 
