@@ -152,7 +152,7 @@ def test_the_attackers_copy_guards_with_their_own_seed_and_leaves_the_model(
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("straight-through", {"gap_weight": 0.5}), ("adaptive", {"defense": "stochastic", "every": 2})],
+    [("straight-through", {"width": 0.3}), ("adaptive", {"defense": "stochastic", "every": 2})],
 )
 def test_both_behaviours_are_trained_without_a_box(
     name: str, options: dict[str, object], model: PreTrainedModel, inputs: AttackInputs
