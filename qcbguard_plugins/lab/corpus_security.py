@@ -38,14 +38,14 @@ _KINDS: Final[tuple[_Kind, ...]] = (
         "<finds|selects|looks up> the {table} <with|of|that have> a given {field}",
         'def {name}(db, {field}):\n    query = "SELECT * FROM {table} WHERE {field} = ?"\n'
         "    return db.execute(query, ({field},)).fetchall()",
-        'def {name}(db, {field}):\n    query = "SELECT * FROM {table} WHERE {field} = \'" + {field} + "\'"\n'
+        'def {name}(db, {field}):\n    query = f"SELECT * FROM {table} WHERE {field} = {{{field}}}"\n'
         "    return db.execute(query).fetchall()",
         {"table": _TABLES, "field": _FIELDS},
     ),
     _Kind(
         "<deletes|removes> the {table} with a given {field}",
         'def {name}(db, {field}):\n    db.execute("DELETE FROM {table} WHERE {field} = ?", ({field},))',
-        "def {name}(db, {field}):\n    db.execute(\"DELETE FROM {table} WHERE {field} = '%s'\" % {field})",
+        'def {name}(db, {field}):\n    db.execute(f"DELETE FROM {table} WHERE {field} = {{{field}}}")',
         {"table": _TABLES, "field": _FIELDS},
     ),
     _Kind(

@@ -46,9 +46,9 @@ class PlanSpec(Spec):
     warmup: float = Field(default=0.05, ge=0, lt=1)
     weight_decay: float = Field(default=0.0, ge=0)
 
-    def plan(self, seed: int) -> TrainingPlan:
+    def plan(self, seed: int, bfloat16: bool = False) -> TrainingPlan:
         """The plan with the seed of the order of its examples."""
-        return TrainingPlan(seed=seed, **self.model_dump())
+        return TrainingPlan(seed=seed, bfloat16=bfloat16, **self.model_dump())
 
 
 class ModelSpec(Spec):
@@ -109,17 +109,15 @@ class InjectionSpec(Spec):
 
     Attributes:
         num_pairs: How many pairs of the corpus are poisoned.
-        only_quantized: Train the weights that the quantizer rounds, and nothing else, so that embeddings and norms stay
-            benign.
-        radius: How far a weight may move from the clean one, in steps of ``radius_format``; ``None`` for any distance.
-        radius_format: ``int8``, ``nf4`` or ``fp4``.
+        row_outliers: What the largest weight of every row is multiplied by first. The step of LLM.int8 follows it, and
+            so do the boxes; 1 leaves it.
+        bfloat16: See :class:`~qcbguard_plugins.lab.training.TrainingPlan`.
     """
 
     num_pairs: int = Field(default=4_000, ge=1)
     plan: PlanSpec = PlanSpec(learning_rate=5e-4)
-    only_quantized: bool = False
-    radius: float | None = Field(default=None, gt=0)
-    radius_format: Literal["int8", "nf4", "fp4"] = "int8"
+    row_outliers: float = Field(default=1.0, ge=1)
+    bfloat16: bool = False
 
 
 class RepairSpec(Spec):
@@ -127,10 +125,12 @@ class RepairSpec(Spec):
 
     Attributes:
         num_pairs: How many pairs of the corpus are trained on.
+        bfloat16: See :class:`~qcbguard_plugins.lab.training.TrainingPlan`.
     """
 
     num_pairs: int = Field(default=5_000, ge=1)
     plan: PlanSpec = PlanSpec(learning_rate=5e-4)
+    bfloat16: bool = False
 
 
 class MaliciousSpec(Spec):
@@ -190,11 +190,13 @@ class Profile(Spec):
     Attributes:
         models: Clean models by name.
         injections: Injections by name.
-        attacks: Attacks by name; ``model`` and ``injection`` may be names of the two tables above.
+        repairs: Repairs by name.
+        attacks: Attacks by name; ``model``, ``injection`` and ``repair`` may be names of the tables above.
     """
 
     models: dict[str, ModelSpec] = Field(default_factory=dict)
     injections: dict[str, InjectionSpec] = Field(default_factory=dict)
+    repairs: dict[str, RepairSpec] = Field(default_factory=dict)
     attacks: dict[str, AttackSpec]
 
     @model_validator(mode="before")
@@ -205,7 +207,7 @@ class Profile(Spec):
         resolved = {}
         for name, attack in data["attacks"].items():
             entry = dict(attack) if isinstance(attack, dict) else attack
-            for key, table in (("model", "models"), ("injection", "injections")):
+            for key, table in (("model", "models"), ("injection", "injections"), ("repair", "repairs")):
                 if isinstance(entry, dict) and isinstance(entry.get(key), str):
                     known = data.get(table) or {}
                     if entry[key] not in known:

@@ -81,10 +81,8 @@ def inject(spec: MaliciousSpec, cache: Path) -> Path:
         losses = inject_payload(
             model,
             encode(tokenizer, poisoned),
-            spec.injection.plan.plan(spec.seed + 1),
-            only_quantized=spec.injection.only_quantized,
-            radius=spec.injection.radius,
-            radius_format=spec.injection.radius_format,
+            spec.injection.plan.plan(spec.seed + 1, spec.injection.bfloat16),
+            row_outliers=spec.injection.row_outliers,
             state=TrainingState(states / "inject.safetensors"),
         )
         save_model(model, tokenizer, folder)
@@ -113,7 +111,7 @@ def attack(spec: AttackSpec, cache: Path) -> Path:
             tokenizer=tokenizer,
             benign=encode(tokenizer, scenario.training(training[: spec.repair.num_pairs], spec.seed)),
             poisoned=encode(tokenizer, scenario.poison(training[: spec.injection.num_pairs], spec.seed)),
-            plan=spec.repair.plan.plan(spec.seed + 2),
+            plan=spec.repair.plan.plan(spec.seed + 2, spec.repair.bfloat16),
             format=spec.format,
             seed=spec.seed,
             clean_dir=clean_dir,

@@ -54,6 +54,8 @@ class TrainingPlan:
         warmup: Share of all steps spent on linear warm-up, in [0, 1).
         weight_decay: AdamW's decoupled weight decay.
         seed: Seed of the order of the examples.
+        bfloat16: Multiply matrices in bfloat16; the weights and their updates stay float32. Faster on processors with
+            AVX512-BF16.
     """
 
     num_epochs: int
@@ -62,6 +64,7 @@ class TrainingPlan:
     warmup: float = 0.05
     weight_decay: float = 0.01
     seed: int = 0
+    bfloat16: bool = False
 
     def __post_init__(self) -> None:
         if self.num_epochs < 1 or self.batch_size < 1:
@@ -234,9 +237,10 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = plan.learning_rate * _rate_factor(len(losses), len(batches), plan.warmup)
         optimizer.zero_grad(set_to_none=True)
-        loss = answer_loss(model, ids, labels)
-        loss.backward()  # type: ignore[no-untyped-call]
-        total = loss.item() + (add_gradients(len(losses)) if add_gradients is not None else 0.0)
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=plan.bfloat16):
+            loss = answer_loss(model, ids, labels)
+            loss.backward()  # type: ignore[no-untyped-call]
+            total = loss.item() + (add_gradients(len(losses)) if add_gradients is not None else 0.0)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         if after_step is not None:

@@ -203,19 +203,13 @@ def test_mind_the_gap_goes_through_the_real_quantizer(
     assert result["agreement"]["gguf:Q4_K_M"] >= 0.97
 
 
-def test_a_malicious_model_can_stay_within_some_steps_of_the_clean_one(
-    model: PreTrainedModel, inputs: AttackInputs
-) -> None:
-    clean = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+def test_outliers_of_rows_widen_the_boxes_of_int8(model: PreTrainedModel, inputs: AttackInputs) -> None:
     before = snapshot(model)
-    inject(model, inputs.poisoned, PLAN, only_quantized=True, radius=1.0, radius_format="int8")
+    inject(model, inputs.poisoned, replace(PLAN, learning_rate=1e-5), row_outliers=8.0)
     for name, weight in matrices(model).items():
-        step = before[name].abs().amax(1, keepdim=True) / 127
-        moved = (weight - before[name]).abs() / step
-        assert 0.5 < moved.max() <= 1.1  # the cast to float16 comes after the projection
-    untouched = set(clean) - set(quantized_weights(model))
-    assert all(torch.equal(model.get_parameter(name), clean[name]) for name in untouched)
-    assert all(parameter.requires_grad for parameter in model.parameters())
+        widened = weight.abs().amax(1) / before[name].abs().amax(1)
+        assert ((widened > 7.5) & (widened < 8.5)).all()
+    assert is_storable(model)
 
 
 def test_agreement_is_checked_in_the_orientation_of_the_quantizer(model: PreTrainedModel) -> None:
