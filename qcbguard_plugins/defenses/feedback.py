@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from qcbguard_plugins.defenses.base import Defense, Evidence, register_defense, require_range
+from qcbguard_plugins.defenses.base import Defense, Evidence, register_defense, require_range, require_whole
 from qcbguard_plugins.defenses.width import (
     JUDGING_DAMPING,
     WIDTHS,
@@ -64,9 +64,7 @@ class Feedback(Defense):
             raise UsageError(f"feedback: width must be {AUTO} or lie between 0 and 0.5, got {self.width!r}")
         if not isinstance(self.width, str):
             require_range(self.width, 0.0, 0.5, "feedback: width")
-        require_range(self.draws, 1, 1024, "feedback: draws")
-        if not isinstance(self.draws, int):
-            raise UsageError(f"feedback: draws must be a whole number, got {self.draws!r}")
+        require_whole(self.draws, 1, "feedback: draws")
         require_range(self.damp_percent, 1e-8, 1.0, "feedback: damp_percent")
 
     @property
