@@ -157,7 +157,7 @@ class BenchProfile(Profile):
 
     Attributes:
         name: Its name.
-        include: Profiles that ship with the package, or files, whose models, injections and attacks are taken over.
+        include: Profiles that ship with the package, or files, whose models, injections, repairs and attacks are taken over.
         only: Patterns of the attacks and folders that are measured.
         summary: One line for the head of the table.
         num_questions: Questions of the scenario that each model is asked, at most.
@@ -257,7 +257,7 @@ def _with_included(data: dict[str, Any]) -> dict[str, Any]:
     """Put what the included profiles define before what the file itself defines."""
     for included in data.get("include") or []:
         other = read_yaml(find_profile(str(included)), Profile)
-        for table in ("models", "injections", "attacks"):
+        for table in ("models", "injections", "repairs", "attacks"):
             entries = {key: value.model_dump() for key, value in getattr(other, table).items()}
             if isinstance(data.get(table, {}), dict):
                 data = {**data, table: {**entries, **data.get(table, {})}}
