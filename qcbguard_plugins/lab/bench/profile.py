@@ -157,7 +157,8 @@ class BenchProfile(Profile):
 
     Attributes:
         name: Its name.
-        include: Profiles that ship with the package, or files, whose models, injections, repairs and attacks are taken over.
+        include: Profiles that ship with the package, or files, whose models, injections, repairs and attacks are taken
+            over.
         only: Patterns of the attacks and folders that are measured.
         summary: One line for the head of the table.
         num_questions: Questions of the scenario that each model is asked, at most.
