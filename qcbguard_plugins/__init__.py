@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qcbguard_plugins.backends.bitsandbytes.config import GuardedBitsAndBytesConfig
     from qcbguard_plugins.backends.bitsandbytes.registration import activate
+    from qcbguard_plugins.backends.gptq.config import GuardedGPTQConfig
     from qcbguard_plugins.calibration import Calibration
     from qcbguard_plugins.defenses import Feedback, FlipGuard, Noise, QVec, Stochastic
     from qcbguard_plugins.guard import Guard
@@ -22,6 +23,7 @@ __all__ = [
     "FlipGuard",
     "Guard",
     "GuardedBitsAndBytesConfig",
+    "GuardedGPTQConfig",
     "Noise",
     "QVec",
     "Stochastic",
@@ -37,6 +39,7 @@ _MODULE_OF = {
     "FlipGuard": "defenses",
     "Guard": "guard",
     "GuardedBitsAndBytesConfig": "backends.bitsandbytes.registration",
+    "GuardedGPTQConfig": "backends.gptq.registration",
     "Noise": "defenses",
     "QVec": "defenses",
     "Stochastic": "defenses",
@@ -55,4 +58,6 @@ def __getattr__(name: str) -> Any:
     module = _MODULE_OF[name]
     if module.startswith("backends.bitsandbytes"):
         import_module(f"{__name__}.backends.bitsandbytes.stock").require_bitsandbytes()
+    elif module.startswith("backends.gptq"):
+        import_module(f"{__name__}.backends.gptq.stock").require_gptq()
     return getattr(import_module(f"{__name__}.{module}"), name)

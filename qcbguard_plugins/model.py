@@ -57,7 +57,7 @@ def guard_model(
 
     Args:
         model: A ``PreTrainedModel`` with float32, float16 or bfloat16 weights, on any one device.
-        format: ``nf4``, ``fp4`` or ``int8``.
+        format: Such as ``nf4``, ``int8`` or ``gptq-w4g128``; not a GGUF recipe.
         guard: A method's name, a defense, or a :class:`~qcbguard_plugins.guard.Guard`.
         tokenizer: The model's tokenizer, for calibration from text.
         progress: Called with the number of weights of each layer when it is done.
@@ -69,11 +69,10 @@ def guard_model(
         UnguardableError: A weight cannot be guarded; layers before it have been changed.
         CalibrationError: The method needs calibration and there is no way to get it.
     """
-    from qcbguard_plugins.backends.bitsandbytes.stock import config_for, quantized_layers
-    from qcbguard_plugins.backends.transformers import build_skeleton
+    from qcbguard_plugins.backends.layers import quantized_layers
 
     guard = as_guard(guard).with_seed()
-    stored = quantized_layers(build_skeleton(model.config), config_for(format))
+    stored = quantized_layers(format, model.config)
     layers = {name: Layer(transposed) for name, transposed in stored.items()}
     tokens = None
     if guard.method.needs_calibration:

@@ -101,8 +101,11 @@ def guard_planned(
     request = {"format": plan.format, "ignored": plan.ignored, "versions": installed_versions(), **guard.describe()}
     entries = [plan.checkpoint.tensors[target.key] for target in plan.targets]
     with resumable_folder(Path(dst), plan.checkpoint, request, team) as workspace:
-        guard = replace(guard, seed=workspace.remember("seed", lambda: guard.with_seed().seed))
-        left_out = _copy_other_files(plan.checkpoint, workspace.folder) if team.rank == 0 else []
+        left_out: list[str] = []
+        if team.rank == 0:
+            guard = replace(guard, seed=workspace.remember("seed", lambda: guard.with_seed().seed))
+            left_out = _copy_other_files(plan.checkpoint, workspace.folder)
+        guard, left_out = team.first((guard, left_out))
         workspace.copy_rest(team.share(plan.checkpoint.shards, plan.checkpoint.num_bytes_of), entries)
         team.wait()
         guarded = team.gather(_guard_targets(plan, guard, workspace, progress, team))
@@ -209,7 +212,9 @@ def _guard_tensor(
     assert guard.seed is not None, "the seed is drawn once a run"
     weight = (stored.T if target.transposed else stored).to(target.read_dtype)
     grids = coarsest_first(weight, plan.grids(target))
-    guarded = guard_weight(weight, grids[0], guard.method, seed=guard.seed, name=target.name)
+    # ``stored`` was read for this tensor alone; with several grids it is compared with the outcome.
+    alone = len(grids) == 1
+    guarded = guard_weight(weight, grids[0], guard.method, seed=guard.seed, name=target.name, overwrite=alone)
     guarded = require_all_grids(weight, guarded, grids, target.name)
     return _write(plan, target, digest, guarded, workspace)
 

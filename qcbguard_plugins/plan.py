@@ -13,12 +13,10 @@ import torch
 
 from qcbguard_plugins.checkpoint import Checkpoint, TensorEntry, open_checkpoint
 from qcbguard_plugins.errors import UnguardableError, UsageError
-from qcbguard_plugins.grids import AffineGrid, Grid, get_grid
+from qcbguard_plugins.grids import Grid, get_grid
 from qcbguard_plugins.rounding import DTYPES
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from qcbguard_plugins.backends.gguf.folder import FolderTypes
     from qcbguard_plugins.backends.gguf.options import GgufOptions
 
@@ -115,7 +113,7 @@ def make_plan(source: Path | str, format: str, *, ignore: Sequence[str] = (), gg
 
     Args:
         source: Folder of a full-precision checkpoint.
-        format: ``nf4``, ``fp4``, ``int8``, one with a block size, ``gguf:Q4_K_M`` and the like, or several with commas.
+        format: Such as ``nf4``, ``int8``, ``gptq-w4g128`` or ``gguf:Q4_K_M``, or several with commas.
         ignore: Patterns of parameter names to leave unguarded: globs, or regular expressions after ``re:``.
         gguf: How the folder will be converted and quantized, for a GGUF format.
 
@@ -131,7 +129,7 @@ def make_plan(source: Path | str, format: str, *, ignore: Sequence[str] = (), gg
     config = load_config(checkpoint.path)
     skeleton = build_skeleton(config)
     keys = parameter_keys(skeleton, checkpoint.tensors)
-    layers = _read_tensors(formats, skeleton, config, checkpoint, keys, gguf)
+    layers = _read_tensors(formats, config, checkpoint, keys, gguf)
     if not layers.formats_of:
         raise UnguardableError(f"{checkpoint.path.name} has no layer that {format} quantizes")
     names = list(layers.formats_of)
@@ -160,11 +158,8 @@ def _split_formats(format: str) -> tuple[str, ...]:
     if len(set(formats)) < len(formats) or sum(name.startswith("gguf:") for name in formats) > 1:
         raise UsageError(f"{format!r} names a format twice, or two GGUF recipes", remedy="Guard once for each of them.")
     for name in formats:
-        if not name.startswith("gguf:") and isinstance(get_grid(name), AffineGrid):
-            raise UsageError(
-                f"{name} can be scanned for and not guarded: GPTQ moves weights while it rounds",
-                remedy="Guard for nf4, fp4, int8 or a GGUF recipe.",
-            )
+        if not name.startswith("gguf:"):
+            get_grid(name)
     return formats
 
 
@@ -204,7 +199,6 @@ class _ReadTensors:
 
 def _read_tensors(
     formats: tuple[str, ...],
-    skeleton: PreTrainedModel,
     config: Any,
     checkpoint: Checkpoint,
     keys: dict[str, str],
@@ -224,9 +218,9 @@ def _read_tensors(
             folder = folder_types(config, stored, name.removeprefix("gguf:"), gguf or GgufOptions())
             formats_of = {parameter: (f"gguf:{type_name}",) for parameter, type_name in folder.types.items()}
             continue
-        from qcbguard_plugins.backends.bitsandbytes.stock import config_for, quantized_layers
+        from qcbguard_plugins.backends.layers import quantized_layers
 
-        for layer, is_transposed in quantized_layers(skeleton, config_for(name)).items():
+        for layer, is_transposed in quantized_layers(name, config).items():
             parameter = f"{layer}.weight"
             formats_of[parameter] = (*formats_of.get(parameter, ()), name)
             if is_transposed:

@@ -5,14 +5,17 @@ What each of them computes depends on names and seeds alone, so the result has t
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import heapq
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 from torch import distributed
+
+from qcbguard_plugins.errors import TeamError
 
 T = TypeVar("T")
 
@@ -23,6 +26,9 @@ _TIMEOUT: Final = datetime.timedelta(days=2)
 @dataclass(frozen=True)
 class Team:
     """One process among those that share a run.
+
+    Every method that exchanges something must be called by all processes, and raises
+    :class:`~qcbguard_plugins.errors.TeamError` where one of them is gone.
 
     Attributes:
         rank: Its number, from 0.
@@ -53,7 +59,8 @@ class Team:
         if self.size == 1:
             return list(items)
         gathered: list[Any] = [None] * self.size
-        distributed.all_gather_object(gathered, list(items))
+        with _named_errors():
+            distributed.all_gather_object(gathered, list(items))
         return [item for part in gathered for item in part]
 
     def first(self, value: T) -> T:
@@ -61,13 +68,26 @@ class Team:
         if self.size == 1:
             return value
         box = [value]
-        distributed.broadcast_object_list(box, src=0)
+        with _named_errors():
+            distributed.broadcast_object_list(box, src=0)
         return box[0]
 
     def wait(self) -> None:
         """Go on when all processes have come here."""
         if self.size > 1:
-            distributed.barrier()
+            with _named_errors():
+                distributed.barrier()
+
+
+@contextlib.contextmanager
+def _named_errors() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise TeamError(
+            "another process of this run ended",
+            remedy="Its own error stands with its rank. What is done is kept: run the same command again.",
+        ) from error
 
 
 ALONE: Final = Team()

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from qcbguard_plugins.checkpoint.reader import Checkpoint, TensorEntry
 from qcbguard_plugins.checkpoint.writer import check_new_folder, rename_into_place, write_errors
-from qcbguard_plugins.errors import CheckpointError, QcbguardError, TargetExistsError, UsageError
+from qcbguard_plugins.errors import CheckpointError, QcbguardError, TargetExistsError, TeamError, UsageError
 from qcbguard_plugins.report.model import Record, TensorRecord
 from qcbguard_plugins.team import ALONE, Team
 
@@ -177,6 +177,8 @@ def resumable_folder(
                     )
                 _flush_to_disk(partial / _FOLDER)
                 rename_into_place(partial / _FOLDER, target)
+            except TeamError:
+                raise
             except QcbguardError:
                 shutil.rmtree(partial, ignore_errors=True)
                 raise

@@ -16,7 +16,7 @@ from qcbguard_plugins.cli.output import print_json
 def command(as_json: bool) -> int:
     """List the formats, and the methods that guard for them."""
     from qcbguard_plugins.defenses import available_defenses
-    from qcbguard_plugins.grids import FORMATS, RECIPE_FORMATS, SCAN_FORMATS
+    from qcbguard_plugins.grids import FORMATS, GROUP_FORMATS, RECIPE_FORMATS
 
     methods = {
         name: {
@@ -26,7 +26,7 @@ def command(as_json: bool) -> int:
         }
         for name, cls in sorted(available_defenses().items())
     }
-    listed = FORMATS | RECIPE_FORMATS | SCAN_FORMATS
+    listed = FORMATS | RECIPE_FORMATS | GROUP_FORMATS
     if as_json:
         print_json({"schema_version": 1, "kind": "list", "formats": listed, "methods": methods})
         return 0

@@ -12,8 +12,8 @@ from qcbguard_plugins.grids.int8 import Int8Grid
 
 __all__ = [
     "FORMATS",
+    "GROUP_FORMATS",
     "RECIPE_FORMATS",
-    "SCAN_FORMATS",
     "AffineGrid",
     "CodebookGrid",
     "Grid",
@@ -32,9 +32,8 @@ FORMATS = {
 RECIPE_FORMATS = {
     "gguf:Q4_K_M": "llama.cpp, by the name that llama-quantize is given: Q4_0 to Q8_0, Q2_K to Q6_K, IQ4_NL, IQ4_XS",
 }
-# GPTQ moves weights between its groups while it rounds, so its codes cannot be planned on this grid alone.
-SCAN_FORMATS = {
-    "gptq-w4g128": "GPTQ integer groups, to scan for and not to guard: 2 to 8 bits, g32, g64, g128 or rows, -asym",
+GROUP_FORMATS = {
+    "gptq-w4g128": "GPTQ integer groups: 2 to 8 bits, g32, g64, g128 or whole rows, -asym",
 }
 
 _CODEBOOK_FORMAT = re.compile(r"(nf4|fp4)(?:-b(\d+))?")
@@ -65,7 +64,7 @@ def get_grid(name: str) -> Grid:
     if match is None:
         raise UsageError(
             f"unknown format {name!r}",
-            remedy=f"Formats: {', '.join(FORMATS | RECIPE_FORMATS | SCAN_FORMATS)}; nf4 and fp4 take a block size, "
+            remedy=f"Formats: {', '.join(FORMATS | RECIPE_FORMATS | GROUP_FORMATS)}; nf4 and fp4 take a block size, "
             f"as in nf4-b128 ({', '.join(map(str, BLOCK_SIZES))}).",
         )
     return CodebookGrid(match[1], int(match[2] or 64))

@@ -237,7 +237,7 @@ def parse_spec(kind: type[S], data: Any, source: str) -> S:
         details = [f"{'.'.join(map(str, e['loc'])) or kind.__name__}  {e['msg']}" for e in error.errors()]
         known = ", ".join(kind.model_fields)
         raise UsageError(
-            f"{source} is not a {kind.__name__}", details=details, remedy=f"Keys of a {kind.__name__}: {known}."
+            f"{source} is not a valid {kind.__name__}", details=details, remedy=f"Keys of {kind.__name__}: {known}."
         ) from error
 
 

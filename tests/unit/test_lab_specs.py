@@ -13,7 +13,7 @@ PROFILES = Path(__file__).resolve().parents[2] / "qcbguard_plugins" / "lab" / "p
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"atack": "elq"}, "atack(.|\n)*Keys of a AttackSpec"),
+        ({"atack": "elq"}, "atack(.|\n)*Keys of AttackSpec"),
         ({"attack": "nonsense"}, "unknown attack 'nonsense'"),
         ({"attack": "elq", "options": {"esp": 0.1}}, "no option esp"),
         ({"attack": "elq", "options": {"eps": 0.6}}, "eps must lie"),

@@ -24,6 +24,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from qcbguard_plugins.backends.bitsandbytes.config import GuardedBitsAndBytesConfig
 from qcbguard_plugins.backends.bitsandbytes.stock import format_of, parameter_codes, require_bitsandbytes
+from qcbguard_plugins.backends.provenance import PROVENANCE_KEY, provenance
 from qcbguard_plugins.calibrated_cache import CalibratedWeights, calibrated_weights
 from qcbguard_plugins.errors import (
     CalibrationError,
@@ -38,8 +39,6 @@ from qcbguard_plugins.guarded_weight import codes_digest
 from qcbguard_plugins.model import Layer, record_of
 from qcbguard_plugins.report.model import GuardReport, TensorRecord, installed_versions, now
 from qcbguard_plugins.rounding import guard_weight
-
-PROVENANCE_KEY = "qcbguard"
 
 
 class GuardThenQuantize(ConversionOps):  # type: ignore[misc]
@@ -198,21 +197,6 @@ class _GuardMixin:
         state_dict, metadata = super().get_state_dict_and_metadata(model, *args, **kwargs)  # type: ignore[misc]
         assert self.guard_report is not None
         return state_dict, {**metadata, PROVENANCE_KEY: json.dumps(provenance(self.guard_report))}
-
-
-def provenance(report: GuardReport) -> dict[str, Any]:
-    """The claim that a saved model carries: what was done to it, and a hash over the codes of all its tensors."""
-    return {
-        "version": report.versions.get("qcbguard-plugins"),
-        "format": report.format,
-        "method": report.method,
-        "parameters": report.parameters,
-        "seed": report.seed,
-        "calibration": report.calibration,
-        "settled": report.settled,
-        "num_tensors": len(report.tensors),
-        "codes_sha256": report.codes_sha256,
-    }
 
 
 def _exact_quant_states(model: Any) -> dict[str, Any]:

@@ -181,5 +181,4 @@ def round_softly(weight: Tensor, grid: Grid, width: float | None) -> Rounded:
 @torch.no_grad()
 def quantize(weight: Tensor, grid: Grid) -> Tensor:
     """What the quantizer makes of a float32 ``[out_features, in_features]`` weight, dequantized."""
-    lattice = grid.lattice_of(weight)
-    return lattice.matrix(lattice.dequantize(lattice.nearest)).clone()
+    return round_softly(weight, grid, None).stored
