@@ -9,7 +9,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from qcbguard_plugins.defenses.base import Defense, Evidence, register_defense, require_range, require_whole
+from qcbguard_plugins.defenses.base import (
+    Defense,
+    Evidence,
+    hessian_operations,
+    register_defense,
+    require_range,
+    require_whole,
+)
 from qcbguard_plugins.defenses.width import (
     JUDGING_DAMPING,
     WIDTHS,
@@ -70,6 +77,10 @@ class Feedback(Defense):
     @property
     def weighs_evidence(self) -> bool:
         return self.width == AUTO
+
+    def operations(self, shape: tuple[int, int], num_sequences: int, sequence_length: int) -> float:
+        rows, columns = shape
+        return hessian_operations(columns, num_sequences * sequence_length) + self.draws * 4.0 * rows * columns**2
 
     def choose(self, lattice: Lattice, evidence: Evidence) -> Tensor:
         if evidence.hessian is None:
