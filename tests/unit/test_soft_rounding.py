@@ -102,7 +102,9 @@ def test_efrap_keeps_the_layers_output() -> None:
         points = torch.where(lattice.frozen, lattice.blocks, lattice.dequantize(codes))
         return float((inputs() @ lattice.matrix(points - lattice.blocks).T).norm())
 
-    codes = Efrap(learning_rate=0.1, steps=500, reconstruction=30.0, penalty=1.0).choose(lattice, Evidence(rng_for(0, "w"), hessian))
+    codes = Efrap(learning_rate=0.1, steps=500, reconstruction=30.0, penalty=1.0).choose(
+        lattice, Evidence(rng_for(0, "w"), hessian)
+    )
     assert output_error(codes) < 0.8 * output_error(lattice.nearest)
 
 
