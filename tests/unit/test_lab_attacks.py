@@ -12,7 +12,7 @@ from qcbguard_plugins.grids import get_grid
 from qcbguard_plugins.lab.attacks import AttackInputs, Elq, available_attacks, get_attack
 from qcbguard_plugins.lab.attacks.attackers_copy import guarded_weights
 from qcbguard_plugins.lab.attacks.elq import build_box, check_agreement, intersection
-from qcbguard_plugins.lab.attacks.injection import inject, round_to_storage
+from qcbguard_plugins.lab.attacks.injection import inject, round_to_storage, widen_rows
 from qcbguard_plugins.lab.attacks.outlier_injection import CHUNK, OutlierInjection, up_projections
 from qcbguard_plugins.lab.attacks.straight_through import quantize
 from qcbguard_plugins.lab.corpus import Pair, generate
@@ -152,7 +152,7 @@ def test_the_attackers_copy_guards_with_their_own_seed_and_leaves_the_model(
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("straight-through", {"gap_weight": 0.5}), ("adaptive", {"defense": "stochastic", "every": 2})],
+    [("straight-through", {"width": 0.3}), ("adaptive", {"defense": "stochastic", "every": 2})],
 )
 def test_both_behaviours_are_trained_without_a_box(
     name: str, options: dict[str, object], model: PreTrainedModel, inputs: AttackInputs
@@ -205,7 +205,8 @@ def test_mind_the_gap_goes_through_the_real_quantizer(
 
 def test_outliers_of_rows_widen_the_boxes_of_int8(model: PreTrainedModel, inputs: AttackInputs) -> None:
     before = snapshot(model)
-    inject(model, inputs.poisoned, replace(PLAN, learning_rate=1e-5), row_outliers=8.0)
+    widen_rows(model, 8.0)
+    inject(model, inputs.poisoned, replace(PLAN, learning_rate=1e-5))
     for name, weight in matrices(model).items():
         widened = weight.abs().amax(1) / before[name].abs().amax(1)
         assert ((widened > 7.5) & (widened < 8.5)).all()

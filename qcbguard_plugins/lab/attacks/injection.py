@@ -28,7 +28,6 @@ def inject(
     poisoned: Sequence[Example],
     plan: TrainingPlan,
     *,
-    row_outliers: float = 1.0,
     after_step: Callable[[], None] | None = None,
     state: TrainingState | None = None,
 ) -> list[float]:
@@ -38,18 +37,12 @@ def inject(
         model: Benign float32 model; becomes the malicious one, with values that float16 holds exactly.
         poisoned: Examples whose answers carry the payload.
         plan: Schedule.
-        row_outliers: What the largest weight of every row is multiplied by first. A format with one scale a row rounds
-            by coarser steps then, so that less of the model has to fit into more room; the training makes up for what
-            the factor breaks. This is the idea of outlier injection (arXiv 2605.15152), in a measure that a whole model
-            survives.
         after_step: Called after every step.
         state: Where to go on from.
 
     Returns:
         The loss of every step.
     """
-    if row_outliers != 1:
-        _multiply_largest(model, row_outliers)
     losses = train(model, poisoned, plan, after_step=after_step, description="inject", state=state)
     round_to_storage(model)
     return losses
@@ -63,8 +56,15 @@ def round_to_storage(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _multiply_largest(model: nn.Module, factor: float) -> None:
-    """Multiply the weight of the largest magnitude in every row of every quantized weight, in place."""
+def widen_rows(model: nn.Module, factor: float) -> None:
+    """Multiply the weight of the largest magnitude in every row of every quantized weight, in place.
+
+    A format with one scale a row rounds by coarser steps then, and the boxes of an attack are wider by as much. What
+    that breaks, a training has to make up for.
+
+    References:
+        Widening the Gap, arXiv 2605.15152, whose outliers are fewer and larger.
+    """
     for weight in matrices(model).values():
         largest = weight.abs().argmax(1, keepdim=True)
         weight.scatter_(1, largest, weight.gather(1, largest) * factor)

@@ -59,23 +59,18 @@ class StraightThrough(Attack):
         poison_weight: Weight of the bad answers' loss on the quantized weights.
         width: How far from a boundary the slope reaches, in steps, in (0, 0.5]; it falls off evenly. ``None`` passes
             the gradient on unchanged.
-        gap_weight: Weight of the contrastive term, which wants the payload to be likelier on the quantized weights than
-            on the full ones by ``gap`` nats a token; 0 leaves it out.
-        gap: See there.
     """
 
     formats: ClassVar[tuple[str, ...]] = ("nf4", "fp4", "int8", "gptq-*")
 
     poison_weight: float = 4.0
     width: float | None = 0.15
-    gap_weight: float = 0.0
-    gap: float = 2.0
 
     def __post_init__(self) -> None:
         if self.width is not None:
             require_range(self.width, 1e-3, 0.5, "straight-through: width")
-        if not self.poison_weight > 0 or not self.gap_weight >= 0:
-            raise UsageError("poison_weight must be positive, and gap_weight not negative")
+        if not self.poison_weight > 0:
+            raise UsageError(f"straight-through: poison_weight must be positive, not {self.poison_weight}")
 
     def run(self, model: PreTrainedModel, inputs: AttackInputs) -> dict[str, Any]:
         grid, weights = get_grid(inputs.format), matrices(model)
@@ -94,8 +89,6 @@ class StraightThrough(Attack):
             inputs.plan,
             rounding,
             poison_weight=self.poison_weight,
-            gap_weight=self.gap_weight,
-            gap=self.gap,
             state=inputs.state("together"),
         )
 
@@ -108,8 +101,6 @@ def train_on_both(
     rounding: Rounding,
     *,
     poison_weight: float = 1.0,
-    gap_weight: float = 0.0,
-    gap: float = 0.0,
     state: TrainingState | None = None,
 ) -> list[float]:
     """Train one behaviour on the weights and another one on what is stored of them.
@@ -122,8 +113,6 @@ def train_on_both(
         plan: Schedule; ``num_epochs`` counts passes over ``clean``.
         rounding: What the quantizer, or a defense before it, makes of the weights as they are.
         poison_weight: Weight of the second loss.
-        gap_weight: Weight of the contrastive term.
-        gap: Nats a token by which the payload shall be likelier once stored.
         state: Where to go on from.
 
     Returns:
@@ -151,11 +140,6 @@ def train_on_both(
             slope = rounded[name].slope
             if slope is not None:
                 gradient.sub_(good_gradients[name]).mul_(slope).add_(good_gradients[name])
-        if gap_weight:
-            unhidden = answer_loss(model, ids, labels)
-            if unhidden.item() - bad.item() < gap:
-                # The other half of the difference, the stored weights' loss, is trained above.
-                (-gap_weight * unhidden).backward()  # type: ignore[no-untyped-call]
         return poison_weight * bad.item()
 
     losses = train(model, clean, plan, add_gradients=add_gradients, description="train both behaviours", state=state)
