@@ -178,7 +178,8 @@ def _targets(model: Any, layers: Mapping[str, Layer], grid: Grid) -> Iterator[Ta
             continue
         readers = dict.fromkeys([name, layer.inputs_of or name])
         modules = tuple(model.get_submodule(reader) for reader in readers)
-        yield Target(name, modules, layer.transposed, (layer.grid or grid).lattice_of(_as_read(modules[0], layer)))
+        lattice = (layer.grid or grid).planned_lattice_of(_as_read(modules[0], layer))
+        yield Target(name, modules, layer.transposed, lattice)
 
 
 def _as_read(module: Any, layer: Layer) -> Tensor:

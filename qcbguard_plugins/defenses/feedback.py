@@ -37,7 +37,7 @@ _DAMPING_ATTEMPTS = 4
 _TRIAL_ROWS = 64
 
 
-@register_defense("feedback", "unbiased rounding with error feedback, needs a forward pass (default)")
+@register_defense("feedback", "random rounding with error feedback, needs a forward pass (default)")
 @dataclass(frozen=True)
 class Feedback(Defense):
     """Round column by column at random, and spread each error over the columns still to come.
