@@ -263,7 +263,7 @@ def _logarithmic(axes: Axes, which: str) -> None:
     """A logarithmic axis with plain numbers at its powers of ten."""
     axes.set(**{f"{which}scale": "log"})
     axis = axes.xaxis if which == "x" else axes.yaxis
-    axis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.set_major_formatter(lambda value, _: f"{value:g}" if value >= 1e-3 else f"1e{round(math.log10(value))}")
     axis.set_minor_formatter(lambda value, _: "")
 
 
