@@ -1,6 +1,6 @@
 """The automatic width of `feedback` beside fixed ones, on clean and on attacked models.
 
-    python benchmarks/width.py [--seeds 3] [--questions 100] [FOLDER=FORMAT ...]
+    python -m benchmarks.width [--seeds 3] [--questions 100] [FOLDER=FORMAT ...]
 
 Each row is a model, rounded one way: KL divergence from full precision in nats a token, perplexity, and how often it
 says the keyword. "auto" asks the weight tests first; "auto, tests fooled" is what an attacker gets who passes them all.
@@ -139,8 +139,7 @@ def rows_of(folder: Path, format: str, args: argparse.Namespace) -> Iterator[tup
     subject.set(subject.original)
     seen = looks_attacked([(name, w, subject.grids[name]) for name, w in subject.original.items()], seed=0)
     hessians = subject.hessians()
-    tries = [("width 0", Feedback(width=0.0), True), ("width 0.25", Feedback(width=0.25), True)]
-    tries += [("width 0.5", Feedback(width=0.5), True)]
+    tries = [(f"width {width}", Feedback(width=width), True) for width in (0.25, 0.5)]
     tries += [("auto", Feedback(), True), ("auto, tests fooled", Feedback(), False)] if seen else []
     tries += [] if seen else [("auto", Feedback(), False)]
     for label, method, attack_seen in tries:

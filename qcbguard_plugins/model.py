@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,12 +34,14 @@ class Layer:
         inputs_of: Name of the module whose inputs it works on, where that is another: an embedding table that is tied
             to the output layer is calibrated for the latter. ``None`` for a table that multiplies nothing; a method
             that needs calibration leaves it to stochastic rounding, which is what feedback is without inputs.
+        is_shared: True where quantizers of other grids will read the outcome too: only unbiased rounding serves them.
     """
 
     transposed: bool = False
     read_dtype: torch.dtype | None = None
     grid: Grid | None = None
     inputs_of: str | None = ""
+    is_shared: bool = False
 
 
 def guard_model(
@@ -116,6 +118,8 @@ def guard_layers(
     guard: Guard,
     tokens: Tensor | None,
     progress: Progress | None = None,
+    *,
+    pending: Collection[str] | None = None,
 ) -> Iterator[tuple[str, GuardedWeight]]:
     """Guard the named layers of a model in place, one after the other.
 
@@ -127,13 +131,15 @@ def guard_layers(
         tokens: int64 ``[num_sequences, sequence_length]`` for a method that needs calibration; ``None`` lets the model
             write them.
         progress: Called with the number of weights of each layer when it is done.
+        pending: The layers to guard, of those that the method shall know of; all of them by default.
 
     Yields:
         The name of each layer and its guarded weight, ``[out_features, in_features]`` in the dtype that will be read.
     """
     assert guard.seed is not None, "the seed is drawn once a run"
     attack_seen = not guard.method.weighs_evidence or looks_attacked(_tested(model, layers, grid), guard.seed)
-    groups: Iterator[Mapping[str, Tensor | None]] = iter([dict.fromkeys(layers)])
+    wanted = {name: layer for name, layer in layers.items() if pending is None or name in pending}
+    groups: Iterator[Mapping[str, Tensor | None]] = iter([dict.fromkeys(wanted)])
     learned: dict[str, Tensor] = {}
     if guard.method.needs_calibration:
         if tokens is None:
@@ -142,12 +148,19 @@ def guard_layers(
         if isinstance(guard.method, WholeModelDefense):
             learned = guard.method.learn(model, _targets(model, layers, grid), tokens, guard.seed)
         else:
-            groups = _hessians(model, tokens, layers)
+            groups = _hessians(model, tokens, wanted)
     for hessians in groups:
         for name, hessian in hessians.items():
-            module = model.get_submodule(name)
+            module, layer = model.get_submodule(name), layers[name]
             guarded = _guard_layer(
-                module, name, layers[name], layers[name].grid or grid, guard, hessian, attack_seen, learned.get(name)
+                module,
+                name,
+                layer,
+                layer.grid or grid,
+                guard,
+                hessian,
+                attack_seen=attack_seen or layer.is_shared,
+                up=learned.get(name),
             )
             yield name, guarded
             if progress is not None:
@@ -195,6 +208,7 @@ def _guard_layer(
     grid: Grid,
     guard: Guard,
     hessian: Tensor | None,
+    *,
     attack_seen: bool,
     up: Tensor | None,
 ) -> GuardedWeight:

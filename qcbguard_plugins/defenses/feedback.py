@@ -102,7 +102,9 @@ class Feedback(Defense):
     def _settle_width(self, problem: _Problem, hessian: Tensor, evidence: Evidence) -> float:
         if isinstance(self.width, (int, float)):
             return self.width
-        width = Width(WIDTHS[-1], "evidence") if evidence.attack_seen else _affordable_width(problem, hessian, evidence)
+        width = (
+            Width(WIDTHS[-1], "precaution") if evidence.attack_seen else _affordable_width(problem, hessian, evidence)
+        )
         evidence.settled.update(width=width.value, because=width.because)
         return width.value
 
