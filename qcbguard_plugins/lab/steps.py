@@ -118,7 +118,6 @@ def attack(spec: AttackSpec, cache: Path) -> Path:
             plan=spec.repair.plan.plan(spec.seed + 2, spec.repair.bfloat16),
             format=spec.format,
             seed=spec.seed,
-            clean_dir=clean_dir,
             model_dir=model_dir,
             state_dir=states,
         )
