@@ -91,6 +91,12 @@ def guard_on_ggml(
         )
     if not torch.isfinite(grid.read(weight)).all():
         raise UnguardableError(f"{name} cannot be guarded: it holds NaN or infinity as {grid.name} reads it")
+    restated = grid.is_restated
+    parts = _guard_rows(weight, grid, defense, seed, name, hessian)
+    if grid.is_restated != restated:
+        # Some of these rows were answered by what has turned out to be wrong elsewhere.
+        parts = _guard_rows(weight, grid, defense, seed, name, hessian)
+    XX
     if defense.needs_calibration:
         choices = [_choose(weight, grid, defense, Evidence(rng_for(seed, name), hessian))]
         parts = map_over_threads(lambda run: _finish(choices[0].rows(run, columns), weight, run, grid), _runs(weight))

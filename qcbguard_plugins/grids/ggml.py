@@ -24,10 +24,14 @@ WITH_OFFSET = frozenset({"Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K"})
 
 
 class Quantizer(Protocol):
-    """The real quantizer: float32 ``[rows, columns]`` in, uint8 ``[rows, row_bytes]`` out."""
+    """The real quantizer, or what answers in its place: float32 ``[rows, columns]`` in, what is stored out."""
 
-    def __call__(self, block_type: BlockType, weight: Tensor, importance: Tensor | None, /) -> Tensor:
+    def __call__(self, block_type: BlockType, weight: Tensor, importance: Tensor | None, /) -> StoredBlocks:
         """Quantize whole rows."""
+        ...
+
+    def is_restated(self, block_type: BlockType) -> bool:
+        """True while something else answers in the real quantizer's place, which it stops to do once it was wrong."""
         ...
 
 
@@ -159,4 +163,4 @@ class SearchedGrid(GgmlGrid):
         return Lattice(self, blocks, stored.scale, coordinate, frozen, shape, stored.offset, stored.codes)
 
     def stored(self, weight: Tensor) -> StoredBlocks:
-        return self.block_type.read(self.quantizer(self.block_type, self.read(weight), self.importance))
+        return self.quantizer(self.block_type, self.read(weight), self.importance)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qcbguard_plugins.backends.gguf.grids import gguf_grid
-from qcbguard_plugins.backends.gguf.library import load_library
+from qcbguard_plugins.backends.gguf.judge import checked_quantizer
 from qcbguard_plugins.backends.gguf.options import GgufOptions
 from qcbguard_plugins.backends.gguf.plan import GgufPlan, make_gguf_plan
 from qcbguard_plugins.checkpoint import publish_file
@@ -172,4 +172,5 @@ def library_facts(type_names: Iterable[str], options: GgufOptions) -> dict[str, 
     """The ggml library that was asked, for the record; none where formulas were enough."""
     if not any(BLOCK_TYPES[name].searched for name in type_names) and options.imatrix_path is None:
         return {}
-    return {"ggml": load_library(options.library_path).version}
+    quantizer = checked_quantizer(options.library_path)
+    return {"ggml": quantizer.library.version, "ggml_twin": quantizer.describe()}
