@@ -74,7 +74,15 @@ class _Part:
 
 
 def guard_on_ggml(
-    weight: Tensor, grid: GgmlGrid, defense: Defense, *, seed: int, name: str, hessian: Tensor | None = None
+    weight: Tensor,
+    grid: GgmlGrid,
+    defense: Defense,
+    *,
+    seed: int,
+    name: str,
+    hessian: Tensor | None = None,
+    attack_seen: bool = True,
+    up: Tensor | None = None,
 ) -> GuardedWeight:
     """Guard one weight on the grid of a GGUF type; see :func:`qcbguard_plugins.rounding.guard_weight`.
 
@@ -91,22 +99,25 @@ def guard_on_ggml(
         )
     if not torch.isfinite(grid.read(weight)).all():
         raise UnguardableError(f"{name} cannot be guarded: it holds NaN or infinity as {grid.name} reads it")
-    restated = grid.is_restated
-    parts = _guard_rows(weight, grid, defense, seed, name, hessian)
-    if grid.is_restated != restated:
-        # Some of these rows were answered by what has turned out to be wrong elsewhere.
-        parts = _guard_rows(weight, grid, defense, seed, name, hessian)
-    XX
-    if defense.needs_calibration:
-        choices = [_choose(weight, grid, defense, Evidence(rng_for(seed, name), hessian))]
-        parts = map_over_threads(lambda run: _finish(choices[0].rows(run, columns), weight, run, grid), _runs(weight))
-    else:
+    settled: dict[str, float | str] = {}
+
+    def guard_rows() -> list[_Part]:
+        if defense.needs_calibration:
+            evidence = Evidence(rng_for(seed, name), hessian, attack_seen, up, settled)
+            choice = _choose(weight, grid, defense, evidence)
+            return map_over_threads(lambda run: _finish(choice.rows(run, columns), weight, run, grid), _runs(weight))
 
         def round_run(run: slice) -> _Part:
             evidence = Evidence(rng_for(seed, f"{name}:{run.start}"))
             return _finish(_choose(weight[run], grid, defense, evidence), weight, run, grid)
 
-        parts = map_over_threads(round_run, _runs(weight))
+        return map_over_threads(round_run, _runs(weight))
+
+    restated = grid.is_restated
+    parts = guard_rows()
+    if grid.is_restated != restated:
+        # The real quantizer was found to differ on some rows, so nothing that was answered in its place counts.
+        parts = guard_rows()
     energy, lost = sum(part.energy for part in parts), sum(part.lost_energy for part in parts)
     if lost > _MAX_LOST_ENERGY * energy:
         raise UnguardableError(
@@ -130,6 +141,7 @@ def guard_on_ggml(
         relative_change=(change / energy) ** 0.5 if energy else 0.0,
         num_landed=num_landed,
         digest=digest_of_rows(row for part in parts for row in part.row_digests),
+        settled=settled,
     )
 
 

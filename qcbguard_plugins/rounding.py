@@ -34,7 +34,15 @@ _MAX_UNPLACED_ENERGY = 1e-6
 
 
 def guard_weight(
-    weight: Tensor, grid: Grid, defense: Defense, *, seed: int, name: str, hessian: Tensor | None = None
+    weight: Tensor,
+    grid: Grid,
+    defense: Defense,
+    *,
+    seed: int,
+    name: str,
+    hessian: Tensor | None = None,
+    attack_seen: bool = True,
+    up: Tensor | None = None,
 ) -> GuardedWeight:
     """Guard one weight.
 
@@ -45,6 +53,8 @@ def guard_weight(
         seed: Seed of the run.
         name: Name of the tensor; with the seed it fixes the random draws.
         hessian: Float32 ``[in_features, in_features]``, for a method that needs calibration.
+        attack_seen: Whether the weight tests saw an attack in the model, for a method that weighs evidence.
+        up: Bool ``[out_features, in_features]``, what a whole-model method learned.
 
     Raises:
         UnguardableError: The weight is empty, not a matrix or of another dtype, holds NaN or infinity, or is so small
@@ -52,8 +62,10 @@ def guard_weight(
     """
     _check(weight, name)
     if isinstance(grid, GgmlGrid):
-        return guard_on_ggml(weight, grid, defense, seed=seed, name=name, hessian=hessian)
-    job = _Job(weight, grid, defense, seed, name, hessian)
+        return guard_on_ggml(
+            weight, grid, defense, seed=seed, name=name, hessian=hessian, attack_seen=attack_seen, up=up
+        )
+    job = _Job(weight, grid, defense, seed, name, hessian, attack_seen, up)
     if weight.device.type == "cpu":
         tallies = map_over_threads(job.round_segment, job.segments())
     else:
@@ -70,6 +82,7 @@ def guard_weight(
         relative_change=tally.relative_change(),
         num_landed=numel,
         digest=codes_digest(codes),
+        settled=job.settled,
     )
 
 
@@ -88,9 +101,19 @@ class _Job:
     """One weight on its way through a defense, in segments that any worker may take."""
 
     def __init__(
-        self, weight: Tensor, grid: Grid, defense: Defense, seed: int, name: str, hessian: Tensor | None
+        self,
+        weight: Tensor,
+        grid: Grid,
+        defense: Defense,
+        seed: int,
+        name: str,
+        hessian: Tensor | None,
+        attack_seen: bool,
+        up: Tensor | None,
     ) -> None:
         self.grid, self.defense, self.seed, self.name, self.hessian = grid, defense, seed, name, hessian
+        self.attack_seen, self.up = attack_seen, up
+        self.settled: dict[str, float | str] = {}
         self.shape = (weight.shape[0], weight.shape[1])
         self.numel = weight.numel()
         self.source = cut_blocks(weight, grid.block_size_of(self.shape))
@@ -104,7 +127,8 @@ class _Job:
 
     def round_segment(self, segment: slice) -> _Tally:
         """Round one segment into ``guarded`` and ``codes``."""
-        evidence = Evidence(rng_for(self.seed, f"{self.name}:{segment.start}"), self.hessian)
+        rng = rng_for(self.seed, f"{self.name}:{segment.start}")
+        evidence = Evidence(rng, self.hessian, self.attack_seen, self.up, self.settled)
         cached = self.source.device.type == "cpu" and not self.defense.needs_calibration
         size = _WEIGHTS_PER_RUN if cached else self.source.numel()
         return sum((self._round(run, evidence) for run in self._slices(segment.start, segment.stop, size)), _Tally())

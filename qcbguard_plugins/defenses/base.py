@@ -10,15 +10,15 @@ import dataclasses
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from qcbguard_plugins.errors import UsageError
+from qcbguard_plugins.errors import CalibrationError, UsageError
 from qcbguard_plugins.grids.base import Lattice
 
 
@@ -30,10 +30,18 @@ class Evidence:
         rng: Source of randomness, seeded per tensor name; its draws are consumed in the order of the weights.
         hessian: float32 ``[in_features, in_features]``, the sum of ``x x^T`` over calibration inputs of the layer;
             present only for a defense that needs calibration.
+        attack_seen: Whether the weight tests saw an attack in the model that the weight belongs to; true where nobody
+            looked.
+        up: Bool ``[out_features, in_features]``, what a whole-model method learned for this weight: true for the upper
+            neighbour.
+        settled: Where a defense writes down the parameters that it chose by itself, for the report.
     """
 
     rng: np.random.Generator
     hessian: Tensor | None = None
+    attack_seen: bool = True
+    up: Tensor | None = None
+    settled: dict[str, float | str] = field(default_factory=dict)
 
     def uniform(self, like: Tensor) -> Tensor:
         """float32 draws in [0, 1) in the shape and on the device of ``like``; the same on every device."""
@@ -49,12 +57,18 @@ class Defense(ABC):
     """One method.
 
     ``needs_calibration`` is true for a method that looks at a layer's inputs. Such a method is handed the lattice of a
-    whole weight; the others may be handed any run of blocks, in order.
+    whole weight; the others may be handed any run of blocks, in order. ``weighs_evidence`` is true for one that looks
+    at :attr:`Evidence.attack_seen`, too.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     needs_calibration: ClassVar[bool] = False
+
+    @property
+    def weighs_evidence(self) -> bool:
+        """Whether the weight tests shall look at the model first."""
+        return False
 
     @abstractmethod
     def choose(self, lattice: Lattice, evidence: Evidence) -> Tensor:
@@ -72,6 +86,55 @@ class Defense(ABC):
     def parameters(self) -> dict[str, Any]:
         """The method's parameters as plain JSON values."""
         return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class Target:
+    """One weight of a model, for a method that looks at all of them together.
+
+    Attributes:
+        name: Name of the layer.
+        modules: The modules that read it; more than one where it is tied.
+        transposed: True where they hold ``[in_features, out_features]``.
+        lattice: Its neighbours.
+    """
+
+    name: str
+    modules: tuple[nn.Module, ...]
+    transposed: bool
+    lattice: Lattice
+
+
+@dataclass(frozen=True)
+class WholeModelDefense(Defense):
+    """A method that chooses for all weights of a model together.
+
+    :meth:`learn` is handed the model; :meth:`choose` is then handed each weight's part of what was learned.
+    """
+
+    needs_calibration: ClassVar[bool] = True
+
+    @abstractmethod
+    def learn(self, model: Any, targets: Iterable[Target], tokens: Tensor, seed: int) -> dict[str, Tensor]:
+        """Learn from a model, and leave it as it was.
+
+        Args:
+            model: A causal language model of transformers in full precision.
+            targets: The weights to choose for; each is made when it is asked for.
+            tokens: int64 ``[num_sequences, sequence_length]`` on the model's device.
+            seed: Seed of the run.
+
+        Returns:
+            By name of the target bool ``[out_features, in_features]``, true for the upper neighbour.
+        """
+
+    def choose(self, lattice: Lattice, evidence: Evidence) -> Tensor:
+        if evidence.up is None:
+            raise CalibrationError(
+                f"{self.name} learns from a whole model, and was handed a single weight",
+                remedy="Guard a model or a folder.",
+            )
+        return round_up_where(lattice, lattice.from_matrix(evidence.up))
 
 
 _REGISTRY: dict[str, type[Defense]] = {}
@@ -119,6 +182,12 @@ def require_range(value: float, low: float, high: float, what: str) -> None:
     """Refuse a parameter outside ``[low, high]``, NaN included."""
     if not isinstance(value, (int, float)) or math.isnan(value) or not low <= value <= high:
         raise UsageError(f"{what} must lie between {low:g} and {high:g}, got {value!r}")
+
+
+def require_whole(value: int, least: int, what: str) -> None:
+    """Refuse a parameter that is no whole number, or too small a one."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise UsageError(f"{what} must be a whole number of at least {least}, got {value!r}")
 
 
 def rng_for(seed: int, tensor_name: str) -> np.random.Generator:

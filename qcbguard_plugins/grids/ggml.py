@@ -71,6 +71,11 @@ class GgmlGrid(Grid):
     def stored(self, weight: Tensor) -> StoredBlocks:
         """What the stock quantizer stores for a weight, or for a run of its blocks laid out as rows."""
 
+    @property
+    def is_restated(self) -> bool:
+        """Whether something else answers in the real quantizer's place, which it stops to do once it was wrong."""
+        return False
+
     def quantize(self, weight: Tensor) -> Tensor:
         return self.stored(weight).codes.view(weight.shape)
 
@@ -149,6 +154,10 @@ class SearchedGrid(GgmlGrid):
         super().__init__(block_type, outtype)
         self.quantizer = quantizer
         self.importance = importance
+
+    @property
+    def is_restated(self) -> bool:
+        return self.quantizer.is_restated(self.block_type)
 
     def lattice(self, blocks: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Lattice:
         stored = self.stored(blocks.reshape(-1, shape[1]))
