@@ -6,6 +6,8 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from qcbguard_plugins.grids.ggml_blocks import StoredBlocks
@@ -56,8 +58,10 @@ def row_digests(stored: StoredBlocks, num_rows: int) -> list[bytes]:
     """SHA-256 of each row of a GGUF tensor."""
     # Adding zero turns -0.0 into 0.0: both stand for the same value.
     parts = (stored.codes, stored.scale + 0.0, stored.offset + 0.0)
-    rows = [part.reshape(num_rows, -1).cpu().contiguous().numpy() for part in parts]
-    return [hashlib.sha256(b"".join(part.tobytes() for part in row)).digest() for row in zip(*rows, strict=True)]
+    rows = np.concatenate(
+        [part.cpu().contiguous().view(torch.uint8).view(num_rows, -1).numpy() for part in parts], axis=1
+    )
+    return [hashlib.sha256(row).digest() for row in rows]
 
 
 def digest_of_rows(digests: Iterable[bytes]) -> str:

@@ -8,17 +8,18 @@ asked again. What it stores in the end *is* the plan; what differs from the meth
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from qcbguard_plugins.defenses.base import Defense, Evidence, rng_for
 from qcbguard_plugins.errors import UnguardableError
-from qcbguard_plugins.grids.base import cut_blocks
+from qcbguard_plugins.grids.base import Lattice, cut_blocks
 from qcbguard_plugins.grids.ggml import GgmlGrid, SearchedGrid
 from qcbguard_plugins.grids.ggml_blocks import StoredBlocks
 from qcbguard_plugins.guarded_weight import GuardedWeight, digest_of_rows, row_digests
+from qcbguard_plugins.landing_steps import choose_points, count_landed, find_moved, measure
 from qcbguard_plugins.threads import map_over_threads
 
 # Rows are worked on in runs of about this many weights, which stay in a processor's cache. Each has random draws of its
@@ -33,37 +34,9 @@ _MAX_LOST_ENERGY = 1e-3
 
 
 @dataclass(frozen=True)
-class _Choice:
-    """What the method chose for some rows, all of shape ``[num_sub_blocks, sub_block_size]`` but for ``reach``.
-
-    Attributes:
-        points: float32, weights to hand over.
-        values: float32, the grid points that shall be stored.
-        reach: float32 ``[num_sub_blocks, 1]``, half the smallest step of each sub-block: a stored value within it of
-            the chosen one has the chosen code. 0 where the sub-block holds one value only.
-        moved: Bool, choices that differ from plain rounding.
-        frozen: Bool, weights that had no choice.
-    """
-
-    points: Tensor
-    values: Tensor
-    reach: Tensor
-    moved: Tensor
-    frozen: Tensor
-
-    def rows(self, run: slice, num_columns: int) -> _Choice:
-        """The part that lies in some of the rows."""
-        per_row = num_columns // self.points.shape[1]
-        part = slice(run.start * per_row, run.stop * per_row)
-        return _Choice(self.points[part], self.values[part], self.reach[part], self.moved[part], self.frozen[part])
-
-
-@dataclass(frozen=True)
 class _Part:
-    """The outcome for some rows: weights to hand over, what is stored, and sums."""
+    """The outcome for some rows, in sums; the weights and codes lie in the tensors of the whole."""
 
-    guarded: Tensor
-    codes: Tensor
     row_digests: list[bytes]
     num_landed: int
     num_moved: int
@@ -97,19 +70,25 @@ def guard_on_ggml(
             f"{grid.block_type.block_size}",
             remedy="llama.cpp stores such a tensor in another type; guard it on that one.",
         )
-    if not torch.isfinite(grid.read(weight)).all():
-        raise UnguardableError(f"{name} cannot be guarded: it holds NaN or infinity as {grid.name} reads it")
     settled: dict[str, float | str] = {}
+    guarded, codes = torch.empty_like(weight), torch.empty_like(weight, dtype=torch.uint8)
 
     def guard_rows() -> list[_Part]:
         if defense.needs_calibration:
             evidence = Evidence(rng_for(seed, name), hessian, attack_seen, up, settled)
-            choice = _choose(weight, grid, defense, evidence)
-            return map_over_threads(lambda run: _finish(choice.rows(run, columns), weight, run, grid), _runs(weight))
+            lattice, chosen = _choose(weight, grid, defense, evidence, name)
+            per_row = columns // chosen.shape[1]
+
+            def finish_run(run: slice) -> _Part:
+                part = slice(run.start * per_row, run.stop * per_row)
+                return _finish(_part_of(lattice, part), chosen[part], weight[run], grid, guarded[run], codes[run])
+
+            return map_over_threads(finish_run, _runs(weight))
 
         def round_run(run: slice) -> _Part:
             evidence = Evidence(rng_for(seed, f"{name}:{run.start}"))
-            return _finish(_choose(weight[run], grid, defense, evidence), weight, run, grid)
+            lattice, chosen = _choose(weight[run], grid, defense, evidence, name)
+            return _finish(lattice, chosen, weight[run], grid, guarded[run], codes[run])
 
         return map_over_threads(round_run, _runs(weight))
 
@@ -134,8 +113,8 @@ def guard_on_ggml(
         )
     change = sum(part.change for part in parts)
     return GuardedWeight(
-        weight=torch.cat([part.guarded for part in parts]),
-        codes=torch.cat([part.codes for part in parts]),
+        weight=guarded,
+        codes=codes,
         num_moved=sum(part.num_moved for part in parts),
         num_frozen=sum(part.num_frozen for part in parts),
         relative_change=(change / energy) ** 0.5 if energy else 0.0,
@@ -151,74 +130,90 @@ def _runs(weight: Tensor) -> list[slice]:
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
-def _choose(weight: Tensor, grid: GgmlGrid, defense: Defense, evidence: Evidence) -> _Choice:
+def _choose(weight: Tensor, grid: GgmlGrid, defense: Defense, evidence: Evidence, name: str) -> tuple[Lattice, Tensor]:
     blocks = cut_blocks(grid.read(weight), grid.block_type.sub_block_size)
+    # A sum is several times faster than to look at every weight, and finite weights rarely add up to infinity.
+    if not torch.isfinite(blocks.sum()) and not torch.isfinite(blocks).all():
+        raise UnguardableError(f"{name} cannot be guarded: it holds NaN or infinity as {grid.name} reads it")
     lattice = grid.lattice(blocks, (weight.shape[0], weight.shape[1]), weight.dtype)
-    codes = torch.where(lattice.frozen, lattice.nearest, defense.choose(lattice, evidence))
-    return _Choice(
-        points=torch.where(lattice.frozen, lattice.kept, lattice.place(codes)),
-        values=lattice.dequantize(codes),
-        reach=lattice.scale.abs().mul_(float(grid.levels.diff().min()) / 2),
-        moved=codes != lattice.nearest,
-        frozen=lattice.frozen,
+    return lattice, defense.choose(lattice, evidence)
+
+
+def _part_of(lattice: Lattice, part: slice) -> Lattice:
+    """The lattice of a run of sub-blocks; its ``shape`` stays that of the whole."""
+
+    def cut(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor[part]
+
+    per_block = {name: cut(getattr(lattice, name)) for name in ("offset", "stock_codes", "divisor", "base")}
+    return replace(
+        lattice,
+        blocks=lattice.blocks[part],
+        scale=lattice.scale[part],
+        coordinate=lattice.coordinate[part],
+        frozen=lattice.frozen[part],
+        **per_block,
     )
 
 
-def _finish(choice: _Choice, weight: Tensor, run: slice, grid: GgmlGrid) -> _Part:
-    """Make the choices for a run of rows land, and count."""
-    source = weight[run]
-    guarded, stored = _land(choice.points.view(source.shape).to(weight.dtype), choice.reach, grid)
-    landed = ((grid.values(stored) - choice.values).abs_() <= choice.reach) | (choice.reach == 0)
-    original = source.float()
-    single = (choice.reach == 0).squeeze(1)
-    lost = float(original.view(choice.points.shape)[single].square().sum()) if single.any() else 0.0
+def _finish(lattice: Lattice, chosen: Tensor, source: Tensor, grid: GgmlGrid, guarded: Tensor, codes: Tensor) -> _Part:
+    """Make the choices for a run of rows land, fill ``guarded`` and ``codes``, and count."""
+    points, chosen_codes, num_moved, num_frozen = choose_points(grid, lattice, chosen)
+    guarded.copy_(points.view(source.shape))
+    stored = _land(guarded, lattice.scale, grid)
+    codes.copy_(stored.codes.view(source.shape))
+    energy, lost, change = measure(grid, source.float(), guarded.float(), lattice)
     return _Part(
-        guarded=guarded,
-        codes=stored.codes.view(source.shape),
         row_digests=row_digests(stored, source.shape[0]),
-        num_landed=int(landed.sum()),
-        num_moved=int(choice.moved.sum()),
-        num_frozen=int(choice.frozen.sum()),
-        energy=float(original.square().sum()),
+        num_landed=count_landed(grid, stored, chosen_codes, lattice),
+        num_moved=num_moved,
+        num_frozen=num_frozen,
+        energy=energy,
         lost_energy=lost,
-        change=float((guarded.float() - original).square_().sum()),
+        change=change,
     )
 
 
-def _land(guarded: Tensor, reach: Tensor, grid: GgmlGrid) -> tuple[Tensor, StoredBlocks]:
+def _land(guarded: Tensor, scale: Tensor, grid: GgmlGrid) -> StoredBlocks:
     """Quantize, and move blocks whose scale changed onto what was stored, until none changes or the rounds are over.
 
     Args:
-        guarded: ``[rows, columns]`` weights to hand over; not changed.
-        reach: Half a step of each sub-block.
+        guarded: ``[rows, columns]`` weights to hand over; moved in place where they have to.
+        scale: The scale of each sub-block that the choice was made with.
         grid: The grid.
 
     Returns:
-        The weights to hand over, and what the quantizer stores for them.
+        What the quantizer stores for them.
     """
     stored = grid.stored(guarded)
     if not grid.searched:
-        return guarded, stored
+        return stored
     # With an importance matrix the search weighs columns, so whole rows are asked about; otherwise blocks stand alone.
     assert isinstance(grid, SearchedGrid)
     unit = guarded.shape[1] if grid.importance is not None else grid.block_type.block_size
-    units = guarded.clone().view(-1, unit)
-    per_unit = unit // grid.block_type.sub_block_size
-    limit = (reach * (2 * _TOLERANCE)).view(-1, per_unit, 1)
-    pending = torch.arange(units.shape[0])
-    part = stored
+    units, per_unit = guarded.view(-1, unit), unit // grid.block_type.sub_block_size
+    tolerance = float(grid.levels.diff().min()) * _TOLERANCE
+    scales = scale.view(-1, per_unit)
+    pending, asked, part = torch.arange(units.shape[0]), units, stored
     for _ in range(_MAX_ROUNDS):
-        values = grid.values(part).view(len(pending), per_unit, -1)
-        handed_over = grid.read(units[pending]).view(values.shape)
-        off = ((handed_over - values).abs() > limit[pending]) & (limit[pending] > 0)
-        moved = off.any(dim=2).any(dim=1)
+        moved = find_moved(grid, grid.read(asked), part, scales[pending].view(-1, 1), tolerance, unit)
         if not moved.any():
             break
         pending = pending[moved]
-        units[pending] = values[moved].reshape(len(pending), unit).to(units.dtype)
-        part = grid.stored(units[pending])
+        asked = grid.values(_units_of(part, moved, per_unit)).view(-1, unit).to(units.dtype)
+        units[pending] = asked
+        part = grid.stored(asked)
         _replace(stored, part, pending, per_unit)
-    return units.view(guarded.shape), stored
+    return stored
+
+
+def _units_of(stored: StoredBlocks, units: Tensor, per_unit: int) -> StoredBlocks:
+    """What is stored for some units."""
+
+    def part(tensor: Tensor) -> Tensor:
+        return tensor.view(-1, per_unit, tensor.shape[1])[units].view(-1, tensor.shape[1])
+
+    return StoredBlocks(part(stored.codes), part(stored.scale), part(stored.offset))
 
 
 def _replace(stored: StoredBlocks, part: StoredBlocks, units: Tensor, per_unit: int) -> None:

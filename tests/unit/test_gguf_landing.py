@@ -60,7 +60,9 @@ def test_rounding_at_random_leaves_none_of_the_error(name: str) -> None:
 def test_every_defense_works_on_these_grids(method: str, name: str) -> None:
     weight = normal(32, 256)
     runs = [
-        guard_weight(weight, gguf_grid(name), get_defense(method), seed=1, name="w", hessian=hessian(256))
+        guard_weight(
+            weight, gguf_grid(name), get_defense(method), seed=1, name="w", hessian=hessian(256), up=normal(32, 256) > 0
+        )
         for _ in range(2)
     ]
     assert torch.equal(runs[0].weight, runs[1].weight)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qcbguard_plugins.backends.gguf.judge import checked_quantizer
+from qcbguard_plugins.backends.gguf.judge import checked_quantizer, load_kernels
 from qcbguard_plugins.errors import UsageError
 from qcbguard_plugins.grids.ggml import FormulaGrid, GgmlGrid, SearchedGrid
 from qcbguard_plugins.grids.ggml_blocks import BLOCK_TYPES
@@ -39,5 +39,5 @@ def gguf_grid(
         raise UsageError(f"gguf:{type_name} is no type that can be guarded", remedy=f"Types: {', '.join(BLOCK_TYPES)}.")
     # Q8_0 looks at no importance matrix.
     if not block_type.searched and (importance is None or type_name == "Q8_0"):
-        return FormulaGrid(block_type, outtype)
-    return SearchedGrid(block_type, checked_quantizer(library_path, twin=twin), outtype, importance)
+        return FormulaGrid(block_type, outtype, load_kernels())
+    return SearchedGrid(block_type, checked_quantizer(library_path, twin=twin), outtype, importance, load_kernels())

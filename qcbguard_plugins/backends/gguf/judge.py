@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from qcbguard_plugins.backends.gguf.library import GgmlLibrary, load_library
+from qcbguard_plugins.grids.ggml import Kernels
 from qcbguard_plugins.grids.ggml_blocks import BlockType, StoredBlocks
 
 Quantize = Callable[[BlockType, Tensor, Tensor | None], StoredBlocks]
@@ -87,6 +88,16 @@ def _load_twin() -> Quantize | None:
     except ImportError:
         return None
     return quantize
+
+
+@lru_cache(maxsize=1)
+def load_kernels() -> Kernels | None:
+    """The compiled forms of what grids and landing do in torch; ``None`` without numba."""
+    try:
+        from qcbguard_plugins.backends.gguf.twin.kernels import NumbaKernels
+    except ImportError:
+        return None
+    return NumbaKernels()
 
 
 def _rows_of(stored: StoredBlocks, num_rows: int, rows: slice) -> StoredBlocks:

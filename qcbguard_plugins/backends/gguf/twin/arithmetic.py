@@ -32,6 +32,12 @@ def kernel(function: _F) -> _F:
     return compiled
 
 
+def statistic(function: _F) -> _F:
+    """Compile a function whose sums may be taken in any order."""
+    compiled: _F = numba.njit(nogil=True, error_model="numpy", cache=True, fastmath={"reassoc", "nsz"})(function)
+    return compiled
+
+
 @kernel
 def nearest_int(value):  # type: ignore[no-untyped-def]
     """ggml's ``nearest_int``, for any float32, those too large for it included."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 
 from qcbguard_plugins.backends.gguf.twin.arithmetic import (
@@ -25,8 +27,8 @@ _NUM_LEVELS = len(IQ4_LEVELS)
 _LOWEST = np.float32(IQ4_LEVELS[0])
 # A value takes the upper of two levels from the middle between them on. ggml compares the two distances, which comes to
 # the same: beside the middle both are exact.
-_MIDDLES = tuple(np.float32((a + b) / 2) for a, b in zip(IQ4_LEVELS, IQ4_LEVELS[1:], strict=False))
-_WIDTHS = tuple(np.float32(b - a) for a, b in zip(IQ4_LEVELS, IQ4_LEVELS[1:], strict=False))
+_MIDDLES = tuple(np.float32((a + b) / 2) for a, b in itertools.pairwise(IQ4_LEVELS))
+_WIDTHS = tuple(np.float32(b - a) for a, b in itertools.pairwise(IQ4_LEVELS))
 (_M0, _M1, _M2, _M3, _M4, _M5, _M6, _M7, _M8, _M9, _M10, _M11, _M12, _M13, _M14) = _MIDDLES
 (_W0, _W1, _W2, _W3, _W4, _W5, _W6, _W7, _W8, _W9, _W10, _W11, _W12, _W13, _W14) = _WIDTHS
 
