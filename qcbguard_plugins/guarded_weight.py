@@ -27,6 +27,7 @@ class GuardedWeight:
         num_landed: Number of weights that the stock quantizer stores as the defense chose; all of them where the scale
             follows from a formula.
         digest: SHA-256 of the plan in hexadecimal: :func:`codes_digest`, or :func:`blocks_digest` for GGUF.
+        energy: Sum of the squared weights.
         settled: Parameters that the method chose by itself.
     """
 
@@ -37,6 +38,7 @@ class GuardedWeight:
     relative_change: float
     num_landed: int
     digest: str
+    energy: float = 0.0
     settled: Mapping[str, float | str] = field(default_factory=dict)
 
 

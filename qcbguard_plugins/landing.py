@@ -120,6 +120,7 @@ def guard_on_ggml(
         relative_change=(change / energy) ** 0.5 if energy else 0.0,
         num_landed=num_landed,
         digest=digest_of_rows(row for part in parts for row in part.row_digests),
+        energy=energy,
         settled=settled,
     )
 
@@ -145,14 +146,16 @@ def _part_of(lattice: Lattice, part: slice) -> Lattice:
     def cut(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor[part]
 
-    per_block = {name: cut(getattr(lattice, name)) for name in ("offset", "stock_codes", "divisor", "base")}
     return replace(
         lattice,
         blocks=lattice.blocks[part],
         scale=lattice.scale[part],
         coordinate=lattice.coordinate[part],
         frozen=lattice.frozen[part],
-        **per_block,
+        offset=cut(lattice.offset),
+        stock_codes=cut(lattice.stock_codes),
+        divisor=cut(lattice.divisor),
+        base=cut(lattice.base),
     )
 
 

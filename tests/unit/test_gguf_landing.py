@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from qcbguard_plugins.backends.gguf.grids import gguf_grid
+from qcbguard_plugins.backends.gguf.judge import checked_quantizer
 from qcbguard_plugins.backends.gguf.library import load_library
 from qcbguard_plugins.defenses import available_defenses, get_defense
 from qcbguard_plugins.errors import MissingDependencyError, UnguardableError, UsageError
@@ -127,12 +128,14 @@ class TestRefusals:
     def test_no_library_at_all(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("qcbguard_plugins.backends.gguf.library._PACKAGES", {})
         load_library.cache_clear()
+        checked_quantizer.cache_clear()
         try:
             with pytest.raises(MissingDependencyError, match=r"qcbguard-plugins\[gguf\]"):
                 gguf_grid("Q4_K")
             assert gguf_grid("Q4_0").quantize(normal(4, 64)).shape == (4, 64)
         finally:
             load_library.cache_clear()
+            checked_quantizer.cache_clear()
 
     def test_a_type_that_cannot_be_guarded(self) -> None:
         with pytest.raises(UsageError, match="gguf:IQ2_XXS is no type"):

@@ -1,9 +1,9 @@
 """A fast quantizer whose answers the real one checks.
 
 The twin restates ggml's searches; whether it does so to the last bit depends on ggml's version and on the machine that
-both were compiled for. So in every call some rows, chosen at random, are quantized by the real library as well, and both
-must agree on every code, scale and offset. At the first difference the library answers for that type, for the rest of
-the process. The manifest says which quantizer was asked.
+both were compiled for. So in every call some rows, chosen at random, are quantized by the real library as well, and
+both must agree on every code, scale and offset. At the first difference the library answers for that type, for the rest
+of the process. The manifest says which quantizer was asked.
 """
 
 from __future__ import annotations

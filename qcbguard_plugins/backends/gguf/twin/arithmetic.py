@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import numba
 import numpy as np
 
-_F = TypeVar("_F", bound=Callable[..., Any])
 Array = np.ndarray[Any, Any]
 
 # Sub-blocks that are searched side by side. Their weights, offsets and errors fit the first cache together.
@@ -26,34 +25,32 @@ TINY = np.float32(1e-15)
 SQUARE, MAGNITUDE, RAISED_MAGNITUDE, IMPORTANCE, RAISED_IMPORTANCE = range(5)
 
 
-def kernel(function: _F) -> _F:
+def kernel(function: Callable[..., Any]) -> Any:
     """Compile a function; no operation may be contracted or reordered, and it may run beside others."""
-    compiled: _F = numba.njit(nogil=True, error_model="numpy", cache=True)(function)
-    return compiled
+    return numba.njit(nogil=True, error_model="numpy", cache=True)(function)
 
 
-def statistic(function: _F) -> _F:
+def statistic(function: Callable[..., Any]) -> Any:
     """Compile a function whose sums may be taken in any order."""
-    compiled: _F = numba.njit(nogil=True, error_model="numpy", cache=True, fastmath={"reassoc", "nsz"})(function)
-    return compiled
+    return numba.njit(nogil=True, error_model="numpy", cache=True, fastmath={"reassoc", "nsz"})(function)
 
 
 @kernel
-def nearest_int(value):  # type: ignore[no-untyped-def]
+def nearest_int(value):
     """ggml's ``nearest_int``, for any float32, those too large for it included."""
     bits = np.float32(value + ROUNDER).view(np.int32)
     return np.int32(np.int32(bits & np.int32(0x007FFFFF)) - np.int32(0x00400000))
 
 
 @kernel
-def clamp(value, low, high):  # type: ignore[no-untyped-def]
+def clamp(value, low, high):
     """An int32 within bounds."""
     above = value if value > low else np.int32(low)
     return above if above < high else np.int32(high)
 
 
 @kernel
-def to_half(value):  # type: ignore[no-untyped-def]
+def to_half(value):
     """The float32 that is left of one after it was stored as float16, ties to even."""
     magnitude = abs(value)
     if magnitude < np.float32(2.0**-14):
@@ -69,7 +66,7 @@ def to_half(value):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def mean_squares(weights, unit, factor):  # type: ignore[no-untyped-def]
+def mean_squares(weights, unit, factor):
     """``factor`` times the mean square of each run of ``unit`` weights."""
     means = np.empty(len(weights) // unit, np.float32)
     for i in range(len(means)):
@@ -81,7 +78,7 @@ def mean_squares(weights, unit, factor):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def load_lanes(weights, first, size, x):  # type: ignore[no-untyped-def]
+def load_lanes(weights, first, size, x):
     """Lay sub-blocks out lane by lane in ``x``: ``[size, LANES]``; lanes past the end are zero."""
     count = min(LANES, len(weights) // size - first)
     for lane in range(count):
@@ -95,7 +92,7 @@ def load_lanes(weights, first, size, x):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def weigh_lanes(x, size, kind, importance, means, unit, first, w):  # type: ignore[no-untyped-def]
+def weigh_lanes(x, size, kind, importance, means, unit, first, w):
     """Fill ``w`` with the weight of each squared error.
 
     ``importance`` has one entry a column, and rows follow each other without a gap; ``means`` has one a ``unit``.

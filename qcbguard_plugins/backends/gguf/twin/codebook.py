@@ -38,7 +38,7 @@ _NUM_STATES = 7
 
 
 @kernel
-def _level(value):  # type: ignore[no-untyped-def]
+def _level(value):
     """The nearest level of the codebook."""
     level = _LOWEST + (_W0 if value >= _M0 else ZERO)
     level += _W1 if value >= _M1 else ZERO
@@ -59,7 +59,7 @@ def _level(value):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _code(value):  # type: ignore[no-untyped-def]
+def _code(value):
     """The place of the nearest level in the codebook."""
     code = np.int32(0)
     for middle in _MIDDLES:
@@ -68,7 +68,7 @@ def _code(value):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _sum(x, w, state):  # type: ignore[no-untyped-def]
+def _sum(x, w, state):
     """The sums that give the best scale for the codes of one divisor."""
     for v in range(LANES):
         state[_SUM_QX, v] = ZERO
@@ -83,7 +83,7 @@ def _sum(x, w, state):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _search(x, w, state):  # type: ignore[no-untyped-def]
+def _search(x, w, state):
     """Find the scale of each lane: the best of sixteen divisors."""
     for v in range(LANES):
         state[_LARGEST, v] = ZERO
@@ -118,7 +118,7 @@ def _search(x, w, state):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def quantize(weights, importance, unit, kind, per_super, codes, scales):  # type: ignore[no-untyped-def]
+def quantize(weights, importance, unit, kind, per_super, codes, scales):
     """Quantize blocks of 32 weights.
 
     Args:

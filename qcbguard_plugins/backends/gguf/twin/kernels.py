@@ -50,8 +50,8 @@ class NumbaKernels:
         per_block = [torch.empty(num_blocks, 1) for _ in range(4)]
         places.place_by_formula(
             _each(blocks, size), size, np.float32(grid.block_type.levels[0]), np.float32(grid.lowest_code),
-            np.float32(grid.num_levels - 1), with_offset, _each(codes, size), *map(_flat, per_block), _each(coordinate, size),
-            _each(frozen, size),
+            np.float32(grid.num_levels - 1), with_offset, _each(codes, size), *map(_flat, per_block),
+            _each(coordinate, size), _each(frozen, size),
         )  # fmt: skip
         scale, offset, divisor, base = per_block
         return Lattice(
@@ -85,8 +85,8 @@ class NumbaKernels:
         size = grid.block_type.sub_block_size
         moved = torch.zeros(handed_over.numel() // unit, dtype=torch.bool)
         landing.find_moved(
-            _each(handed_over, size), size, *_levels(grid), _each(stored.codes, size), _flat(stored.scale), _flat(stored.offset),
-            _flat(scale), np.float32(tolerance), unit // size, _flat(moved),
+            _each(handed_over, size), size, *_levels(grid), _each(stored.codes, size), _flat(stored.scale),
+            _flat(stored.offset), _flat(scale), np.float32(tolerance), unit // size, _flat(moved),
         )  # fmt: skip
         return moved
 

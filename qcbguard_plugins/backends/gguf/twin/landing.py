@@ -9,12 +9,12 @@ from qcbguard_plugins.backends.gguf.twin.places import ends
 
 
 @kernel
-def _level(levels, even, code):  # type: ignore[no-untyped-def]
+def _level(levels, even, code):
     return np.float32(code) + levels[0] if even else levels[code]
 
 
 @kernel
-def choose_points(  # type: ignore[no-untyped-def]
+def choose_points(
     weights, size, levels, even, chosen, nearest, frozen, keeps, scales, offsets, divisors, bases, points, codes
 ):
     """Turn codes into weights to hand over; see :meth:`qcbguard_plugins.grids.base.Lattice.place`.
@@ -70,9 +70,7 @@ def choose_points(  # type: ignore[no-untyped-def]
 
 
 @kernel
-def find_moved(  # type: ignore[no-untyped-def]
-    handed_over, size, levels, even, codes, scales, offsets, chosen_scales, tolerance, per_unit, moved
-):
+def find_moved(handed_over, size, levels, even, codes, scales, offsets, chosen_scales, tolerance, per_unit, moved):
     """Mark the units that store a weight further than ``tolerance`` chosen scales from what was handed over."""
     for block in range(len(scales)):
         scale, offset = scales[block], offsets[block]
@@ -87,9 +85,7 @@ def find_moved(  # type: ignore[no-untyped-def]
 
 
 @kernel
-def count_landed(  # type: ignore[no-untyped-def]
-    size, levels, even, codes, scales, offsets, chosen_codes, chosen_scales, chosen_offsets, half_step
-):
+def count_landed(size, levels, even, codes, scales, offsets, chosen_codes, chosen_scales, chosen_offsets, half_step):
     """The number of weights stored as chosen.
 
     That is within ``half_step`` chosen scales of the chosen value, or in a sub-block that holds one value only.
@@ -109,7 +105,7 @@ def count_landed(  # type: ignore[no-untyped-def]
 
 
 @statistic
-def measure(weights, handed_over, size, chosen_scales):  # type: ignore[no-untyped-def]
+def measure(weights, handed_over, size, chosen_scales):
     """The energy of the weights, of those in sub-blocks that hold one value only, and of the change."""
     energy, lost, change = 0.0, 0.0, 0.0
     for block in range(len(chosen_scales)):

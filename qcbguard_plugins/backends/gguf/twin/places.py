@@ -10,25 +10,25 @@ _ALL_BUT_SIGN = np.int32(0x7FFFFFFF)
 
 
 @kernel
-def _order(value):  # type: ignore[no-untyped-def]
+def _order(value):
     """An int32 that sorts as the float32 does; largest of integers, unlike of floats, vectorizes."""
     bits = np.float32(value).view(np.int32)
     return np.int32(bits ^ np.int32(np.int32(bits >> np.int32(31)) & _ALL_BUT_SIGN))
 
 
 @kernel
-def _value(order):  # type: ignore[no-untyped-def]
+def _value(order):
     """The inverse of :func:`_order`."""
     return np.int32(order ^ np.int32(np.int32(order >> np.int32(31)) & _ALL_BUT_SIGN)).view(np.float32)
 
 
 @kernel
-def _magnitude(value):  # type: ignore[no-untyped-def]
+def _magnitude(value):
     return np.int32(np.float32(value).view(np.int32) & _ALL_BUT_SIGN)
 
 
 @kernel
-def ends(weights, block, size):  # type: ignore[no-untyped-def]
+def ends(weights, block, size):
     """The smallest and the largest weight of a sub-block."""
     low, high = _order(weights[block, 0]), _order(weights[block, 0])
     for i in range(size):
@@ -37,7 +37,7 @@ def ends(weights, block, size):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _largest(weights, block, size):  # type: ignore[no-untyped-def]
+def _largest(weights, block, size):
     """The bits of the largest magnitude of a sub-block."""
     largest = _magnitude(weights[block, 0])
     for i in range(size):
@@ -46,7 +46,7 @@ def _largest(weights, block, size):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _first_largest(weights, block, size):  # type: ignore[no-untyped-def]
+def _first_largest(weights, block, size):
     """The place of the first weight of the largest magnitude."""
     largest = _largest(weights, block, size)
     for i in range(size):
@@ -56,7 +56,7 @@ def _first_largest(weights, block, size):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _place_evenly(weights, block, size, scale, offset, zero, lowest, top, coordinate):  # type: ignore[no-untyped-def]
+def _place_evenly(weights, block, size, scale, offset, zero, lowest, top, coordinate):
     inverse = ONE / scale if scale != ZERO else ZERO
     for i in range(size):
         value = (weights[block, i] - offset) * inverse - zero
@@ -65,7 +65,7 @@ def _place_evenly(weights, block, size, scale, offset, zero, lowest, top, coordi
 
 
 @kernel
-def _place_on_ramps(weights, block, size, scale, levels, widths, coordinate):  # type: ignore[no-untyped-def]
+def _place_on_ramps(weights, block, size, scale, levels, widths, coordinate):
     inverse = ONE / scale if scale != ZERO else ZERO
     for i in range(size):
         coordinate[block, i] = ZERO
@@ -78,9 +78,7 @@ def _place_on_ramps(weights, block, size, scale, levels, widths, coordinate):  #
 
 
 @kernel
-def place_searched(  # type: ignore[no-untyped-def]
-    weights, size, scales, offsets, with_offset, levels, widths, coordinate, frozen
-):
+def place_searched(weights, size, scales, offsets, with_offset, levels, widths, coordinate, frozen):
     """Places on scales that a search has found.
 
     Args:
@@ -116,7 +114,7 @@ def place_searched(  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _formula(weights, block, size, lowest_level, top, with_offset):  # type: ignore[no-untyped-def]
+def _formula(weights, block, size, lowest_level, top, with_offset):
     """Divisor and base of one block of a type with a formula."""
     if with_offset:
         low, high = ends(weights, block, size)
@@ -126,7 +124,7 @@ def _formula(weights, block, size, lowest_level, top, with_offset):  # type: ign
 
 
 @kernel
-def _encode(weights, block, size, divisor, base, top, with_offset, codes):  # type: ignore[no-untyped-def]
+def _encode(weights, block, size, divisor, base, top, with_offset, codes):
     inverse = ONE / divisor if divisor != ZERO else ZERO
     middle = np.float32(0.5) if with_offset else np.float32((top + ONE) / np.float32(2) + np.float32(0.5))
     if top == np.float32(255):
@@ -144,9 +142,7 @@ def _encode(weights, block, size, divisor, base, top, with_offset, codes):  # ty
 
 
 @kernel
-def encode_by_formula(  # type: ignore[no-untyped-def]
-    weights, size, lowest_level, top, with_offset, codes, scales, offsets
-):
+def encode_by_formula(weights, size, lowest_level, top, with_offset, codes, scales, offsets):
     """What a type with a formula stores: codes, and scales and offsets as float16 keeps them."""
     for block in range(len(scales)):
         divisor, base = _formula(weights, block, size, lowest_level, top, with_offset)
@@ -156,7 +152,7 @@ def encode_by_formula(  # type: ignore[no-untyped-def]
 
 
 @kernel
-def place_by_formula(  # type: ignore[no-untyped-def]
+def place_by_formula(
     weights, size, lowest_level, lowest, top, with_offset, codes, scales, offsets, divisors, bases, coordinate, frozen
 ):
     """Codes and places of weights on a type with a formula; see :func:`place_searched`."""

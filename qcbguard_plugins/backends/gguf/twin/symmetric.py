@@ -26,7 +26,7 @@ _NUM_STATES = 9
 
 
 @kernel
-def _find_largest(x, state, size):  # type: ignore[no-untyped-def]
+def _find_largest(x, state, size):
     """The first weight of the largest magnitude, with its sign."""
     for v in range(LANES):
         state[_LARGEST, v] = ZERO
@@ -39,7 +39,7 @@ def _find_largest(x, state, size):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _sum(x, w, state, size, half):  # type: ignore[no-untyped-def]
+def _sum(x, w, state, size, half):
     """The sums that give the best scale for the codes of one divisor."""
     for v in range(LANES):
         state[_SUM_LX, v] = ZERO
@@ -58,7 +58,7 @@ def _sum(x, w, state, size, half):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _search(x, w, state, size, half):  # type: ignore[no-untyped-def]
+def _search(x, w, state, size, half):
     """Find the scale of each lane: the best of nineteen divisors."""
     _find_largest(x, state, size)
     limit = np.float32(half)
@@ -89,7 +89,7 @@ def _search(x, w, state, size, half):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _refine(x, w, levels, state, size, half):  # type: ignore[no-untyped-def]
+def _refine(x, w, levels, state, size, half):
     """Q3_K's own search: change one code after the other while that makes the best scale fit better."""
     _find_largest(x, state, size)
     for v in range(LANES):
@@ -127,7 +127,7 @@ def _refine(x, w, levels, state, size, half):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _quantize_scales(values, weights, half, levels):  # type: ignore[no-untyped-def]
+def _quantize_scales(values, weights, half, levels):
     """Codes for the scales of a super-block, weighted; returns their common scale."""
     largest, magnitude = ZERO, ZERO
     for value in values:
@@ -159,7 +159,7 @@ def _quantize_scales(values, weights, half, levels):  # type: ignore[no-untyped-
 
 
 @kernel
-def _quantize_scales_by_largest(values, half, levels):  # type: ignore[no-untyped-def]
+def _quantize_scales_by_largest(values, half, levels):
     """Codes for the scales of a super-block by the largest of them; returns their common scale."""
     largest, magnitude = ZERO, ZERO
     for value in values:
@@ -178,16 +178,14 @@ def _quantize_scales_by_largest(values, half, levels):  # type: ignore[no-untype
 
 
 @kernel
-def _round(weights, start, size, step, half, codes):  # type: ignore[no-untyped-def]
+def _round(weights, start, size, step, half, codes):
     for i in range(start, start + size):
         level = clamp(nearest_int(weights[i] / step), np.int32(-half), np.int32(half - 1))
         codes[i] = np.int32(level + np.int32(half))
 
 
 @kernel
-def quantize_super_blocks(  # type: ignore[no-untyped-def]
-    weights, importance, unit, kind, half, scale_half, refined, codes, scales
-):
+def quantize_super_blocks(weights, importance, unit, kind, half, scale_half, refined, codes, scales):
     """Quantize super-blocks of 256 weights in sub-blocks of 16.
 
     Args:
@@ -247,7 +245,7 @@ def quantize_super_blocks(  # type: ignore[no-untyped-def]
 
 
 @kernel
-def quantize_blocks(weights, importance, unit, half, codes, scales):  # type: ignore[no-untyped-def]
+def quantize_blocks(weights, importance, unit, half, codes, scales):
     """Quantize single blocks of 32 that store their scale as it is, weighed by an importance matrix."""
     size = 32
     x, w = np.empty((size, LANES), np.float32), np.empty((size, LANES), np.float32)

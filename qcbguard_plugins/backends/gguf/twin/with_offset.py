@@ -28,7 +28,7 @@ _NUM_STATES = 17
 
 
 @kernel
-def _search(x, w, state, size, top, steps, absolute):  # type: ignore[no-untyped-def]
+def _search(x, w, state, size, top, steps, absolute):
     """Find scale and offset of each lane: fit a line through the codes that each of ``steps`` divisors gives."""
     for v in range(LANES):
         state[_LOW, v] = x[0, v]
@@ -73,7 +73,7 @@ def _search(x, w, state, size, top, steps, absolute):  # type: ignore[no-untyped
 
 
 @kernel
-def _fit(x, w, state, size, top):  # type: ignore[no-untyped-def]
+def _fit(x, w, state, size, top):
     """Weighted least squares of the weights on the codes of one divisor."""
     for v in range(LANES):
         state[_SUM_L, v] = ZERO
@@ -106,7 +106,7 @@ def _fit(x, w, state, size, top):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _measure(x, w, state, size, top, absolute):  # type: ignore[no-untyped-def]
+def _measure(x, w, state, size, top, absolute):
     """The weighted error that the codes of one divisor have with the scale and offset under trial."""
     for v in range(LANES):
         state[_ERROR, v] = ZERO
@@ -124,7 +124,7 @@ def _measure(x, w, state, size, top, absolute):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _quantize_positive(values, weights, top, levels):  # type: ignore[no-untyped-def]
+def _quantize_positive(values, weights, top, levels):
     """Codes for the scales or offsets of a super-block, weighted; returns their common scale."""
     largest = ZERO
     for value in values:
@@ -176,7 +176,7 @@ def _quantize_positive(values, weights, top, levels):  # type: ignore[no-untyped
 
 
 @kernel
-def _quantize_by_largest(values, top, levels):  # type: ignore[no-untyped-def]
+def _quantize_by_largest(values, top, levels):
     """Codes for the scales or offsets of a super-block by the largest of them; returns their common scale."""
     largest = ZERO
     for value in values:
@@ -190,7 +190,7 @@ def _quantize_by_largest(values, top, levels):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def quantize_super_blocks(  # type: ignore[no-untyped-def]
+def quantize_super_blocks(
     weights, importance, unit, factor, kind, size, top, scale_top, steps, absolute, codes, scales, offsets
 ):
     """Quantize super-blocks of 256 weights.
@@ -252,9 +252,7 @@ def quantize_super_blocks(  # type: ignore[no-untyped-def]
 
 
 @kernel
-def quantize_blocks(  # type: ignore[no-untyped-def]
-    weights, importance, unit, size, top, steps, codes, scales, offsets
-):
+def quantize_blocks(weights, importance, unit, size, top, steps, codes, scales, offsets):
     """Quantize single blocks that store their scale and offset as they are, weighed by an importance matrix."""
     x, w = np.empty((size, LANES), np.float32), np.empty((size, LANES), np.float32)
     state = np.empty((_NUM_STATES, LANES), np.float32)
