@@ -71,7 +71,7 @@ def guard_on_ggml(
             remedy="llama.cpp stores such a tensor in another type; guard it on that one.",
         )
     settled: dict[str, float | str] = {}
-    guarded, codes = torch.empty_like(weight), torch.empty_like(weight, dtype=torch.uint8)
+    guarded, codes = torch.empty(weight.shape, dtype=weight.dtype), torch.empty(weight.shape, dtype=torch.uint8)
 
     def guard_rows() -> list[_Part]:
         if defense.needs_calibration:
