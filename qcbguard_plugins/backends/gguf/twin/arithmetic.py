@@ -52,6 +52,8 @@ def clamp(value, low, high):
 @kernel
 def to_half(value):
     """The float32 that is left of one after it was stored as float16, ties to even."""
+    if np.isnan(value):
+        return np.float32(np.nan)
     magnitude = abs(value)
     if magnitude < np.float32(2.0**-14):
         # float16 has no finer step than 2**-24 here, and float32 none either between 1/2 and 1.

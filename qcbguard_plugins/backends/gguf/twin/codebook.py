@@ -26,7 +26,7 @@ _TRIES = 7
 _NUM_LEVELS = len(IQ4_LEVELS)
 _LOWEST = np.float32(IQ4_LEVELS[0])
 # A value takes the upper of two levels from the middle between them on. ggml compares the two distances, which comes to
-# the same: beside the middle both are exact.
+# the same: beside the middle both are exact. NaN, which weights near the largest float32 lead to, goes to the top.
 _MIDDLES = tuple(np.float32((a + b) / 2) for a, b in itertools.pairwise(IQ4_LEVELS))
 _WIDTHS = tuple(np.float32(b - a) for a, b in itertools.pairwise(IQ4_LEVELS))
 (_M0, _M1, _M2, _M3, _M4, _M5, _M6, _M7, _M8, _M9, _M10, _M11, _M12, _M13, _M14) = _MIDDLES
@@ -40,21 +40,21 @@ _NUM_STATES = 7
 @kernel
 def _level(value):
     """The nearest level of the codebook."""
-    level = _LOWEST + (_W0 if value >= _M0 else ZERO)
-    level += _W1 if value >= _M1 else ZERO
-    level += _W2 if value >= _M2 else ZERO
-    level += _W3 if value >= _M3 else ZERO
-    level += _W4 if value >= _M4 else ZERO
-    level += _W5 if value >= _M5 else ZERO
-    level += _W6 if value >= _M6 else ZERO
-    level += _W7 if value >= _M7 else ZERO
-    level += _W8 if value >= _M8 else ZERO
-    level += _W9 if value >= _M9 else ZERO
-    level += _W10 if value >= _M10 else ZERO
-    level += _W11 if value >= _M11 else ZERO
-    level += _W12 if value >= _M12 else ZERO
-    level += _W13 if value >= _M13 else ZERO
-    level += _W14 if value >= _M14 else ZERO
+    level = _LOWEST + (ZERO if value < _M0 else _W0)
+    level += ZERO if value < _M1 else _W1
+    level += ZERO if value < _M2 else _W2
+    level += ZERO if value < _M3 else _W3
+    level += ZERO if value < _M4 else _W4
+    level += ZERO if value < _M5 else _W5
+    level += ZERO if value < _M6 else _W6
+    level += ZERO if value < _M7 else _W7
+    level += ZERO if value < _M8 else _W8
+    level += ZERO if value < _M9 else _W9
+    level += ZERO if value < _M10 else _W10
+    level += ZERO if value < _M11 else _W11
+    level += ZERO if value < _M12 else _W12
+    level += ZERO if value < _M13 else _W13
+    level += ZERO if value < _M14 else _W14
     return level
 
 
@@ -63,7 +63,7 @@ def _code(value):
     """The place of the nearest level in the codebook."""
     code = np.int32(0)
     for middle in _MIDDLES:
-        code += np.int32(value >= middle)
+        code += np.int32(not value < middle)
     return code
 
 
