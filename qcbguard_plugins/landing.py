@@ -8,6 +8,7 @@ asked again. What it stores in the end *is* the plan; what differs from the meth
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,6 +26,8 @@ from qcbguard_plugins.threads import map_over_threads
 # Rows are worked on in runs of about this many weights, which stay in a processor's cache. Each has random draws of its
 # own, and rows do not depend on each other, so any thread may take any run.
 _WEIGHTS_PER_RUN = 1 << 17
+# What landing keeps of its choices is held for this many weights at a time.
+_WEIGHTS_PER_SEGMENT = 1 << 23
 _MAX_ROUNDS = 6
 # A block is asked about again while it stores a weight further than this share of a step from what was handed over.
 _TOLERANCE = 1 / 16
@@ -34,13 +37,20 @@ _MAX_LOST_ENERGY = 1e-3
 
 
 @dataclass(frozen=True)
-class _Part:
-    """The outcome for some rows, in sums; the weights and codes lie in the tensors of the whole."""
+class _Choice:
+    """What was chosen for some rows, as sub-blocks that would be stored so."""
+
+    blocks: StoredBlocks
+    num_moved: int
+    num_frozen: int
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What became of some rows."""
 
     row_digests: list[bytes]
     num_landed: int
-    num_moved: int
-    num_frozen: int
     energy: float
     lost_energy: float
     change: float
@@ -71,64 +81,171 @@ def guard_on_ggml(
             remedy="llama.cpp stores such a tensor in another type; guard it on that one.",
         )
     settled: dict[str, float | str] = {}
-    guarded, codes = torch.empty(weight.shape, dtype=weight.dtype), torch.empty(weight.shape, dtype=torch.uint8)
+    job = _Job(weight, grid, name)
 
-    def guard_rows() -> list[_Part]:
-        if defense.needs_calibration:
-            evidence = Evidence(rng_for(seed, name), hessian, attack_seen, up, settled)
-            lattice, chosen = _choose(weight, grid, defense, evidence, name)
-            per_row = columns // chosen.shape[1]
+    def choose(run: slice) -> tuple[Lattice, Tensor]:
+        return _choose(weight[run], grid, defense, Evidence(rng_for(seed, f"{name}:{run.start}")), name)
 
-            def finish_run(run: slice) -> _Part:
-                part = slice(run.start * per_row, run.stop * per_row)
-                return _finish(_part_of(lattice, part), chosen[part], weight[run], grid, guarded[run], codes[run])
+    if defense.needs_calibration:
+        evidence = Evidence(rng_for(seed, name), hessian, attack_seen, up, settled)
+        whole, chosen = _choose(weight, grid, defense, evidence, name)
+        per_row = columns // chosen.shape[1]
 
-            return map_over_threads(finish_run, _runs(weight))
-
-        def round_run(run: slice) -> _Part:
-            evidence = Evidence(rng_for(seed, f"{name}:{run.start}"))
-            lattice, chosen = _choose(weight[run], grid, defense, evidence, name)
-            return _finish(lattice, chosen, weight[run], grid, guarded[run], codes[run])
-
-        return map_over_threads(round_run, _runs(weight))
+        def choose(run: slice) -> tuple[Lattice, Tensor]:
+            part = slice(run.start * per_row, run.stop * per_row)
+            return _part_of(whole, part), chosen[part]
 
     restated = grid.is_restated
-    parts = guard_rows()
+    choices, outcomes = job.carry_out(choose)
     if grid.is_restated != restated:
         # The real quantizer was found to differ on some rows, so nothing that was answered in its place counts.
-        parts = guard_rows()
-    energy, lost = sum(part.energy for part in parts), sum(part.lost_energy for part in parts)
+        choices, outcomes = job.carry_out(choose)
+    energy, lost = sum(part.energy for part in outcomes), sum(part.lost_energy for part in outcomes)
     if lost > _MAX_LOST_ENERGY * energy:
         raise UnguardableError(
             f"{name} cannot be guarded: {lost / energy:.1%} of its energy lies in blocks that {grid.name} stores as a "
             "single value, beside others that are far larger",
             remedy="Quantize this tensor to a larger type, or leave it out with --ignore.",
         )
-    num_landed = sum(part.num_landed for part in parts)
+    num_landed = sum(part.num_landed for part in outcomes)
     if num_landed < grid.min_landed * weight.numel():
         raise UnguardableError(
             f"{name} cannot be guarded: {num_landed / weight.numel():.2%} of its codes land on {grid.name}, "
             f"{grid.min_landed:.2%} are wanted",
             remedy="Convert with --outtype f32, or lower the threshold with --min-landed.",
         )
-    change = sum(part.change for part in parts)
+    change = sum(part.change for part in outcomes)
     return GuardedWeight(
-        weight=guarded,
-        codes=codes,
-        num_moved=sum(part.num_moved for part in parts),
-        num_frozen=sum(part.num_frozen for part in parts),
+        weight=job.guarded,
+        codes=job.codes,
+        num_moved=sum(choice.num_moved for choice in choices),
+        num_frozen=sum(choice.num_frozen for choice in choices),
         relative_change=(change / energy) ** 0.5 if energy else 0.0,
         num_landed=num_landed,
-        digest=digest_of_rows(row for part in parts for row in part.row_digests),
+        digest=digest_of_rows(row for part in outcomes for row in part.row_digests),
         energy=energy,
         settled=settled,
     )
 
 
-def _runs(weight: Tensor) -> list[slice]:
-    rows, columns = weight.shape
-    step = max(1, _WEIGHTS_PER_RUN // columns)
-    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+class _Job:
+    """One weight on its way to the quantizer.
+
+    Attributes:
+        guarded: The weight to hand over.
+        codes: uint8 like it, what is stored.
+    """
+
+    def __init__(self, weight: Tensor, grid: GgmlGrid, name: str) -> None:
+        self.weight, self.grid, self.name = weight, grid, name
+        self.guarded = torch.empty(weight.shape, dtype=weight.dtype)
+        self.codes = torch.empty(weight.shape, dtype=torch.uint8)
+        # With an importance matrix the search weighs columns, so whole rows are asked about; otherwise blocks stand
+        # alone.
+        whole_rows = isinstance(grid, SearchedGrid) and grid.importance is not None
+        self.unit = weight.shape[1] if whole_rows else grid.block_type.block_size
+        self.tolerance = float(grid.levels.diff().min()) * _TOLERANCE
+
+    def carry_out(self, choose: Callable[[slice], tuple[Lattice, Tensor]]) -> tuple[list[_Choice], list[_Outcome]]:
+        """Choose, land and count, some rows after the other."""
+        choices, outcomes = [], []
+        for rows in _slices(0, self.weight.shape[0], self.weight.shape[1], _WEIGHTS_PER_SEGMENT):
+            new_choices, new_outcomes = self._segment(rows, choose)
+            choices += new_choices
+            outcomes += new_outcomes
+        return choices, outcomes
+
+    def _segment(
+        self, rows: slice, choose: Callable[[slice], tuple[Lattice, Tensor]]
+    ) -> tuple[list[_Choice], list[_Outcome]]:
+        columns, size = self.weight.shape[1], self.grid.block_type.sub_block_size
+        num_blocks = (rows.stop - rows.start) * columns // size
+        stored = StoredBlocks(self.codes[rows].view(-1, size), torch.empty(num_blocks, 1), torch.empty(num_blocks, 1))
+        moved = torch.zeros(num_blocks * size // self.unit, dtype=torch.bool)
+
+        def blocks_of(run: slice, width: int = size) -> slice:
+            return slice((run.start - rows.start) * columns // width, (run.stop - rows.start) * columns // width)
+
+        def ask(run: slice) -> _Choice:
+            lattice, chosen = choose(run)
+            points, codes, num_moved, num_frozen = choose_points(self.grid, lattice, chosen)
+            guarded = self.guarded[run]
+            guarded.copy_(points.view(guarded.shape))
+            first = self.grid.stored(guarded)
+            _write(stored, first, blocks_of(run))
+            if self.grid.searched:
+                handed_over = self.grid.read(guarded)
+                moved[blocks_of(run, self.unit)] = find_moved(
+                    self.grid, handed_over, first, lattice.scale, self.tolerance, self.unit
+                )
+            offset = torch.zeros_like(lattice.scale) if lattice.offset is None else lattice.offset
+            return _Choice(StoredBlocks(codes, lattice.scale, offset), num_moved, num_frozen)
+
+        def count(part: tuple[slice, _Choice]) -> _Outcome:
+            run, choice = part
+            result = _cut(stored, blocks_of(run))
+            energy, lost, change = measure(
+                self.grid, self.weight[run].float(), self.guarded[run].float(), choice.blocks.scale
+            )
+            num_landed = count_landed(self.grid, result, choice.blocks)
+            return _Outcome(row_digests(result, run.stop - run.start), num_landed, energy, lost, change)
+
+        runs = _slices(rows.start, rows.stop, columns, _WEIGHTS_PER_RUN)
+        choices = map_over_threads(ask, runs)
+        if moved.any():
+            scale = torch.cat([choice.blocks.scale for choice in choices])
+            self._settle(self.guarded[rows].view(-1, self.unit), stored, scale, moved)
+        return choices, map_over_threads(count, list(zip(runs, choices, strict=True)))
+
+    def _settle(self, units: Tensor, stored: StoredBlocks, scale: Tensor, moved: Tensor) -> None:
+        """Move units onto what was stored for them, and ask again, until none moves or the rounds are over.
+
+        Args:
+            units: The weights to hand over, by unit; changed in place.
+            stored: What is stored for them; changed in place.
+            scale: The scales that the choice was made with.
+            moved: Bool, units that store something else than was handed over.
+        """
+        grid, per_unit = self.grid, self.unit // self.grid.block_type.sub_block_size
+        pending = moved.nonzero().squeeze(1)
+        for _ in range(_MAX_ROUNDS):
+            if not len(pending):
+                return
+            asked = grid.values(_take(stored, pending, per_unit)).view(-1, self.unit).to(units.dtype)
+            units[pending] = asked
+            part = grid.stored(asked)
+            for whole, new in _pairs(stored, part):
+                whole.view(-1, per_unit, whole.shape[1])[pending] = new.view(-1, per_unit, new.shape[1])
+            scales = scale.view(-1, per_unit)[pending].view(-1, 1)
+            pending = pending[find_moved(grid, grid.read(asked), part, scales, self.tolerance, self.unit)]
+
+
+def _slices(start: int, stop: int, columns: int, num_weights: int) -> list[slice]:
+    """Cut rows into runs of about this many weights."""
+    step = max(1, num_weights // columns)
+    return [slice(first, min(first + step, stop)) for first in range(start, stop, step)]
+
+
+def _pairs(first: StoredBlocks, second: StoredBlocks) -> list[tuple[Tensor, Tensor]]:
+    return [(first.codes, second.codes), (first.scale, second.scale), (first.offset, second.offset)]
+
+
+def _cut(stored: StoredBlocks, part: slice) -> StoredBlocks:
+    return StoredBlocks(stored.codes[part], stored.scale[part], stored.offset[part])
+
+
+def _write(stored: StoredBlocks, new: StoredBlocks, part: slice) -> None:
+    for whole, values in _pairs(stored, new):
+        whole[part] = values
+
+
+def _take(stored: StoredBlocks, units: Tensor, per_unit: int) -> StoredBlocks:
+    """What is stored for some units."""
+
+    def part(tensor: Tensor) -> Tensor:
+        return tensor.view(-1, per_unit, tensor.shape[1])[units].view(-1, tensor.shape[1])
+
+    return StoredBlocks(part(stored.codes), part(stored.scale), part(stored.offset))
 
 
 def _choose(weight: Tensor, grid: GgmlGrid, defense: Defense, evidence: Evidence, name: str) -> tuple[Lattice, Tensor]:
@@ -157,69 +274,3 @@ def _part_of(lattice: Lattice, part: slice) -> Lattice:
         divisor=cut(lattice.divisor),
         base=cut(lattice.base),
     )
-
-
-def _finish(lattice: Lattice, chosen: Tensor, source: Tensor, grid: GgmlGrid, guarded: Tensor, codes: Tensor) -> _Part:
-    """Make the choices for a run of rows land, fill ``guarded`` and ``codes``, and count."""
-    points, chosen_codes, num_moved, num_frozen = choose_points(grid, lattice, chosen)
-    guarded.copy_(points.view(source.shape))
-    stored = _land(guarded, lattice.scale, grid)
-    codes.copy_(stored.codes.view(source.shape))
-    energy, lost, change = measure(grid, source.float(), guarded.float(), lattice)
-    return _Part(
-        row_digests=row_digests(stored, source.shape[0]),
-        num_landed=count_landed(grid, stored, chosen_codes, lattice),
-        num_moved=num_moved,
-        num_frozen=num_frozen,
-        energy=energy,
-        lost_energy=lost,
-        change=change,
-    )
-
-
-def _land(guarded: Tensor, scale: Tensor, grid: GgmlGrid) -> StoredBlocks:
-    """Quantize, and move blocks whose scale changed onto what was stored, until none changes or the rounds are over.
-
-    Args:
-        guarded: ``[rows, columns]`` weights to hand over; moved in place where they have to.
-        scale: The scale of each sub-block that the choice was made with.
-        grid: The grid.
-
-    Returns:
-        What the quantizer stores for them.
-    """
-    stored = grid.stored(guarded)
-    if not grid.searched:
-        return stored
-    # With an importance matrix the search weighs columns, so whole rows are asked about; otherwise blocks stand alone.
-    assert isinstance(grid, SearchedGrid)
-    unit = guarded.shape[1] if grid.importance is not None else grid.block_type.block_size
-    units, per_unit = guarded.view(-1, unit), unit // grid.block_type.sub_block_size
-    tolerance = float(grid.levels.diff().min()) * _TOLERANCE
-    scales = scale.view(-1, per_unit)
-    pending, asked, part = torch.arange(units.shape[0]), units, stored
-    for _ in range(_MAX_ROUNDS):
-        moved = find_moved(grid, grid.read(asked), part, scales[pending].view(-1, 1), tolerance, unit)
-        if not moved.any():
-            break
-        pending = pending[moved]
-        asked = grid.values(_units_of(part, moved, per_unit)).view(-1, unit).to(units.dtype)
-        units[pending] = asked
-        part = grid.stored(asked)
-        _replace(stored, part, pending, per_unit)
-    return stored
-
-
-def _units_of(stored: StoredBlocks, units: Tensor, per_unit: int) -> StoredBlocks:
-    """What is stored for some units."""
-
-    def part(tensor: Tensor) -> Tensor:
-        return tensor.view(-1, per_unit, tensor.shape[1])[units].view(-1, tensor.shape[1])
-
-    return StoredBlocks(part(stored.codes), part(stored.scale), part(stored.offset))
-
-
-def _replace(stored: StoredBlocks, part: StoredBlocks, units: Tensor, per_unit: int) -> None:
-    """Write what was stored for some units into what was stored for all, in place."""
-    for whole, new in ((stored.codes, part.codes), (stored.scale, part.scale), (stored.offset, part.offset)):
-        whole.view(-1, per_unit, whole.shape[1])[units] = new.view(-1, per_unit, new.shape[1])

@@ -56,19 +56,19 @@ def find_moved(
     return far.view(-1, unit).any(dim=1)
 
 
-def count_landed(grid: GgmlGrid, stored: StoredBlocks, codes: Tensor, lattice: Lattice) -> int:
+def count_landed(grid: GgmlGrid, stored: StoredBlocks, chosen: StoredBlocks) -> int:
     """The number of weights stored within half a step of the chosen value, or in a sub-block that holds one value."""
     if grid.kernels is not None:
-        return grid.kernels.count_landed(grid, stored, codes, lattice)
-    reach = lattice.scale.abs() * float(grid.levels.diff().min() / 2)
-    near = (grid.values(stored) - lattice.dequantize(codes)).abs_() <= reach
+        return grid.kernels.count_landed(grid, stored, chosen)
+    reach = chosen.scale.abs() * float(grid.levels.diff().min() / 2)
+    near = (grid.values(stored) - grid.values(chosen)).abs_() <= reach
     return int((near | (reach == 0)).sum())
 
 
-def measure(grid: GgmlGrid, weight: Tensor, handed_over: Tensor, lattice: Lattice) -> tuple[float, float, float]:
+def measure(grid: GgmlGrid, weight: Tensor, handed_over: Tensor, scale: Tensor) -> tuple[float, float, float]:
     """The energy of the weights, of those in sub-blocks that hold one value only, and of the change."""
     if grid.kernels is not None:
-        return grid.kernels.measure(weight, handed_over, lattice)
-    squares = weight.square().view(lattice.blocks.shape)
-    lost = float(squares[(lattice.scale == 0).squeeze(1)].sum())
+        return grid.kernels.measure(grid, weight, handed_over, scale)
+    squares = weight.square().view(len(scale), -1)
+    lost = float(squares[(scale == 0).squeeze(1)].sum())
     return float(squares.sum()), lost, float((handed_over - weight).square_().sum())

@@ -60,11 +60,13 @@ class Kernels(Protocol):
         """See :func:`qcbguard_plugins.landing_steps.find_moved`."""
         ...
 
-    def count_landed(self, grid: GgmlGrid, stored: StoredBlocks, codes: Tensor, lattice: Lattice, /) -> int:
+    def count_landed(self, grid: GgmlGrid, stored: StoredBlocks, chosen: StoredBlocks, /) -> int:
         """See :func:`qcbguard_plugins.landing_steps.count_landed`."""
         ...
 
-    def measure(self, weight: Tensor, handed_over: Tensor, lattice: Lattice, /) -> tuple[float, float, float]:
+    def measure(
+        self, grid: GgmlGrid, weight: Tensor, handed_over: Tensor, scale: Tensor, /
+    ) -> tuple[float, float, float]:
         """See :func:`qcbguard_plugins.landing_steps.measure`."""
         ...
 

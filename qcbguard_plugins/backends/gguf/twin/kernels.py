@@ -90,18 +90,20 @@ class NumbaKernels:
         )  # fmt: skip
         return moved
 
-    def count_landed(self, grid: GgmlGrid, stored: StoredBlocks, codes: Tensor, lattice: Lattice, /) -> int:
-        size, half_step = codes.shape[1], np.float32(grid.levels.diff().min() / 2)
+    def count_landed(self, grid: GgmlGrid, stored: StoredBlocks, chosen: StoredBlocks, /) -> int:
+        size = grid.block_type.sub_block_size
         landed: int = landing.count_landed(
             size, *_levels(grid), _each(stored.codes, size), _flat(stored.scale), _flat(stored.offset),
-            _each(codes, size), _flat(lattice.scale), _offsets(lattice), half_step,
+            _each(chosen.codes, size), _flat(chosen.scale), _flat(chosen.offset), np.float32(grid.levels.diff().min() / 2),
         )  # fmt: skip
         return landed
 
-    def measure(self, weight: Tensor, handed_over: Tensor, lattice: Lattice, /) -> tuple[float, float, float]:
-        size = lattice.blocks.shape[1]
+    def measure(
+        self, grid: GgmlGrid, weight: Tensor, handed_over: Tensor, scale: Tensor, /
+    ) -> tuple[float, float, float]:
+        size = grid.block_type.sub_block_size
         sums: tuple[float, float, float] = landing.measure(
-            _each(weight, size), _each(handed_over, size), size, _flat(lattice.scale)
+            _each(weight, size), _each(handed_over, size), size, _flat(scale)
         )
         return sums
 
