@@ -194,20 +194,21 @@ class _Job:
         choices = map_over_threads(ask, runs)
         if moved.any():
             scale = torch.cat([choice.blocks.scale for choice in choices])
-            self._settle(self.guarded[rows].view(-1, self.unit), stored, scale, moved)
+            units = self.guarded[rows].view(-1, self.unit)
+            parts = moved.nonzero().squeeze(1).split(max(1, _WEIGHTS_PER_RUN // self.unit))
+            map_over_threads(lambda pending: self._settle(units, stored, scale, pending), parts)
         return choices, map_over_threads(count, list(zip(runs, choices, strict=True)))
 
-    def _settle(self, units: Tensor, stored: StoredBlocks, scale: Tensor, moved: Tensor) -> None:
-        """Move units onto what was stored for them, and ask again, until none moves or the rounds are over.
+    def _settle(self, units: Tensor, stored: StoredBlocks, scale: Tensor, pending: Tensor) -> None:
+        """Move some units onto what was stored for them, and ask again, until none moves or the rounds are over.
 
         Args:
             units: The weights to hand over, by unit; changed in place.
             stored: What is stored for them; changed in place.
             scale: The scales that the choice was made with.
-            moved: Bool, units that store something else than was handed over.
+            pending: int64, units that store something else than was handed over.
         """
         grid, per_unit = self.grid, self.unit // self.grid.block_type.sub_block_size
-        pending = moved.nonzero().squeeze(1)
         for _ in range(_MAX_ROUNDS):
             if not len(pending):
                 return

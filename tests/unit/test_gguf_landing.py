@@ -40,8 +40,8 @@ def test_ggml_stores_the_plan_and_the_plan_is_the_choice(name: str, dtype: torch
 def test_with_an_importance_matrix_too(name: str) -> None:
     weight, importance = normal(64, 512), normal(512, seed=3, std=1.0).abs() ** 3
     grid = gguf_grid(name, importance=importance)
-    grid.min_landed = 0.95
     guarded = guard_weight(weight, grid, get_defense("stochastic"), seed=0, name="w")
+    assert guarded.num_landed >= (0.98 if name.startswith("IQ4") else 0.99) * weight.numel()
     stored = BLOCK_TYPES[name].read(load_library().quantize(BLOCK_TYPES[name], guarded.weight, importance))
     assert torch.equal(stored.codes.view(64, 512), guarded.codes)
 
