@@ -8,7 +8,7 @@ from torch import nn
 
 from qcbguard_plugins.backends.transformers import build_skeleton
 from qcbguard_plugins.errors import UnguardableError
-from qcbguard_plugins.grids import AffineGrid, get_grid
+from qcbguard_plugins.grids import IntegerGrid, get_grid
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,7 +29,7 @@ def quantized_layers(format: str, config: Any) -> dict[str, bool]:
         UnguardableError: The quantizer takes weights of the model that cannot be guarded.
     """
     skeleton = build_skeleton(config)
-    if isinstance(get_grid(format), AffineGrid):
+    if isinstance(get_grid(format), IntegerGrid):
         return block_layers(skeleton)
     from qcbguard_plugins.backends.bitsandbytes import stock
 
