@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from qcbguard_plugins.backends.bitsandbytes.config import GuardedBitsAndBytesConfig
     from qcbguard_plugins.backends.bitsandbytes.registration import activate
     from qcbguard_plugins.backends.gptq.config import GuardedGPTQConfig
+    from qcbguard_plugins.backends.torchao.config import GuardedTorchAoConfig
     from qcbguard_plugins.calibration import Calibration
     from qcbguard_plugins.defenses import Feedback, FlipGuard, Noise, QVec, Stochastic
     from qcbguard_plugins.guard import Guard
@@ -24,6 +25,7 @@ __all__ = [
     "Guard",
     "GuardedBitsAndBytesConfig",
     "GuardedGPTQConfig",
+    "GuardedTorchAoConfig",
     "Noise",
     "QVec",
     "Stochastic",
@@ -40,6 +42,7 @@ _MODULE_OF = {
     "Guard": "guard",
     "GuardedBitsAndBytesConfig": "backends.bitsandbytes.registration",
     "GuardedGPTQConfig": "backends.gptq.registration",
+    "GuardedTorchAoConfig": "backends.torchao.registration",
     "Noise": "defenses",
     "QVec": "defenses",
     "Stochastic": "defenses",
@@ -60,4 +63,6 @@ def __getattr__(name: str) -> Any:
         import_module(f"{__name__}.backends.bitsandbytes.stock").require_bitsandbytes()
     elif module.startswith("backends.gptq"):
         import_module(f"{__name__}.backends.gptq.stock").require_gptq()
+    elif module.startswith("backends.torchao"):
+        import_module(f"{__name__}.backends.torchao.stock").require_torchao()
     return getattr(import_module(f"{__name__}.{module}"), name)

@@ -13,6 +13,9 @@ from torch import Tensor
 from qcbguard_plugins.errors import UsageError
 from qcbguard_plugins.grids.base import Grid, Lattice, cut_blocks
 
+WHOLE_TENSOR = -1
+"""As a group size: one scale for all weights."""
+
 # Of rounding the ends to the stored dtype, and of what that does to the scale and thereby to the ends.
 _SETTLING_ROUNDS = 4
 # A grid point must stay within its cell, half a step wide on each side, when it is rounded to the stored dtype.
@@ -39,7 +42,7 @@ class IntegerGrid(Grid):
     """``num_levels`` integers with one scale and zero point for each group of input columns of a row.
 
     Attributes:
-        group_size: Columns that share a scale; ``None`` for whole rows.
+        group_size: Columns that share a scale; ``None`` for whole rows, ``WHOLE_TENSOR`` for all weights.
         span: How the levels lie about the range.
     """
 
@@ -52,6 +55,7 @@ class IntegerGrid(Grid):
         *,
         reciprocal: bool = False,
         native: bool = False,
+        zero_first: bool = False,
     ) -> None:
         """Describe a quantizer.
 
@@ -62,9 +66,10 @@ class IntegerGrid(Grid):
             span: How the levels lie about the range.
             reciprocal: True where the quantizer multiplies by the inverse of the scale instead of dividing.
             native: True where it computes in the dtype of the weight, and not in float32.
+            zero_first: True where it adds the zero point before it rounds, which breaks ties otherwise.
         """
         self.name, self.group_size, self.span = name, group_size, span
-        self._reciprocal, self._native = reciprocal, native
+        self._reciprocal, self._native, self._zero_first = reciprocal, native, zero_first
         self.levels = torch.arange(num_levels, dtype=torch.float32)
 
     @property
@@ -79,6 +84,8 @@ class IntegerGrid(Grid):
     def block_size_of(self, shape: tuple[int, int]) -> int:
         if self.group_size is None:
             return shape[1]
+        if self.group_size == WHOLE_TENSOR:
+            return shape[0] * shape[1]
         if shape[1] % self.group_size:
             raise UsageError(f"{self.name} takes rows of a multiple of {self.group_size}, not {shape[1]}")
         return self.group_size
@@ -152,7 +159,8 @@ class IntegerGrid(Grid):
         if self._native:
             blocks, scale = blocks.to(dtype), scale.to(dtype)
         scaled = blocks * (1.0 / scale) if self._reciprocal else blocks / scale
-        return (scaled.round_().float() + zero_point).clamp_(0, self.num_levels - 1).to(torch.uint8)
+        codes = (scaled + zero_point).round_() if self._zero_first else scaled.round_().float() + zero_point
+        return codes.clamp_(0, self.num_levels - 1).to(torch.uint8)
 
     def _parameters(self, blocks: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """Scale and zero point of each group, and the weights that fix them; all float32 but the last."""

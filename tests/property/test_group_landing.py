@@ -32,7 +32,8 @@ def weight_of(kind: str, seed: int) -> Tensor:
 GPTQ_FORMATS = [f"gptq-w{bits}{group}{span}" for bits in range(2, 9) for group in ("g32", "") for span in ("", "-asym")]
 TOOLCHAIN_FORMATS = [
     "torchao:int8", "torchao:int4-g32", "onnx:int8", "openvino:int8", "openvino:int8-sym", "openvino:int4-g32",
-    "openvino:int4-g64-sym", "compressed-tensors:w4-g128", "compressed-tensors:w4-g32-asym", "quanto:int8",
+    "openvino:int4-g64-sym", "compressed-tensors:int4-g128", "compressed-tensors:int4-g32-asym",
+    "quanto:int8", "onnx:uint8", "onnx:int8-tensor",
 ]  # fmt: skip
 
 
