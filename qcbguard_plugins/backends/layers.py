@@ -87,8 +87,8 @@ def linear_layers(model: PreTrainedModel) -> list[str]:
 def exported_layers(model: PreTrainedModel, format: str) -> dict[str, TakenLayer]:
     """What ONNX Runtime and OpenVINO take of an exported model: every matrix, the tables and the output head included.
 
-    ONNX Runtime gives a table one scale. OpenVINO keeps tables and the head at 8 bits, asymmetric, where the rest gets
-    fewer. A head that is tied to the table is stored once, as the table.
+    ONNX Runtime gives a table one scale and a zero point. OpenVINO keeps tables and the head at 8 bits, asymmetric,
+    where the rest gets fewer. A head that is tied to the table is stored once, as the table.
 
     Raises:
         UnguardableError: The model keeps the experts of a block in one parameter.
@@ -99,7 +99,7 @@ def exported_layers(model: PreTrainedModel, format: str) -> dict[str, TakenLayer
     head, table = model.get_output_embeddings(), model.get_input_embeddings()
     tied = head is not None and bool(getattr(model.config, "tie_word_embeddings", False))
     onnx = toolchain_of(format) == "onnx"
-    table_format = f"{format.removesuffix('-tensor')}-tensor" if onnx else format
+    table_format = "onnx:uint8-table" if onnx else format
     head_format = format
     if not onnx and not format.startswith("openvino:int8"):
         table_format = head_format = "openvino:int8"

@@ -55,6 +55,7 @@ class IntegerGrid(Grid):
         *,
         reciprocal: bool = False,
         native: bool = False,
+        native_scale: bool = False,
         zero_first: bool = False,
     ) -> None:
         """Describe a quantizer.
@@ -66,10 +67,12 @@ class IntegerGrid(Grid):
             span: How the levels lie about the range.
             reciprocal: True where the quantizer multiplies by the inverse of the scale instead of dividing.
             native: True where it computes in the dtype of the weight, and not in float32.
+            native_scale: True where it does so for the scale alone.
             zero_first: True where it adds the zero point before it rounds, which breaks ties otherwise.
         """
         self.name, self.group_size, self.span = name, group_size, span
         self._reciprocal, self._native, self._zero_first = reciprocal, native, zero_first
+        self._native_scale = native or native_scale
         self.levels = torch.arange(num_levels, dtype=torch.float32)
 
     @property
@@ -172,7 +175,7 @@ class IntegerGrid(Grid):
 
     def _scale(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and zero point of groups with these ends, ``low <= 0 <= high``, in the dtype of the weight."""
-        if not self._native:
+        if not self._native_scale:
             low, high = low.float(), high.float()
         steps = self.num_levels - 1
         if self.span is Span.SIGNED:

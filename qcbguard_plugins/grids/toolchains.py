@@ -20,7 +20,7 @@ TOOLCHAIN_FORMATS = {
     "compressed-tensors:int4-g128": "llm-compressor W4A16 by rounding to nearest; other groups alike, -asym",
     "quanto:int8": "Optimum Quanto int8 weights, one scale a row",
 }
-_FORMAT = re.compile(r"([a-z-]+):(u?int)(\d)(?:-g(\d+))?(?:-(sym|asym|tensor))?")
+_FORMAT = re.compile(r"([a-z-]+):(u?int)(\d)(?:-g(\d+))?(?:-(sym|asym|tensor|table))?")
 
 
 def toolchain_of(name: str) -> str:
@@ -49,11 +49,14 @@ def _grid(name: str, toolchain: str, kind: str, group: str | None, suffix: str) 
     signed_or_not = Span.SIGNED if suffix else Span.ASYMMETRIC
     match (toolchain, kind, group is not None, suffix):
         case ("torchao", "int8", False, ""):
-            return IntegerGrid(name, 256, None, Span.SYMMETRIC, reciprocal=True)
+            return IntegerGrid(name, 256, None, Span.SYMMETRIC, reciprocal=True, native_scale=True)
         case ("torchao", "int4", True, ""):
             return IntegerGrid(name, 16, group_size, Span.SYMMETRIC, reciprocal=True, native=True)
         case ("onnx", "int8" | "uint8", False, "" | "tensor"):
             return IntegerGrid(name, 255 if kind == "int8" else 256, WHOLE_TENSOR if suffix else None, Span.SYMMETRIC)
+        case ("onnx", "uint8", False, "table"):
+            # ONNX Runtime takes a table for an activation, whatever the weights get.
+            return IntegerGrid(name, 256, WHOLE_TENSOR, Span.ASYMMETRIC)
         case ("openvino", "int8", False, "" | "sym"):
             return IntegerGrid(name, 256, None, signed_or_not, zero_first=True)
         case ("openvino", "int4", True, "" | "sym"):
