@@ -30,12 +30,14 @@ class Span(Enum):
             outside, at 7.5 of -8 to 7; with an odd one it is the last level, 127 of -127 to 127.
         SIGNED: The weight of largest magnitude is the lowest level, whatever its sign: the step is negative where it
             is positive.
-        ASYMMETRIC: From the smallest to the largest weight, zero included.
+        ASYMMETRIC: From the smallest to the largest weight, zero included, and zero is a level.
+        SHIFTED: From the smallest to the largest weight, wherever zero lies: the zero point is no integer.
     """
 
     SYMMETRIC = "symmetric"
     SIGNED = "signed"
     ASYMMETRIC = "asymmetric"
+    SHIFTED = "shifted"
 
 
 class IntegerGrid(Grid):
@@ -57,6 +59,7 @@ class IntegerGrid(Grid):
         native: bool = False,
         native_scale: bool = False,
         zero_first: bool = False,
+        negative_on_tie: bool = False,
     ) -> None:
         """Describe a quantizer.
 
@@ -69,15 +72,16 @@ class IntegerGrid(Grid):
             native: True where it computes in the dtype of the weight, and not in float32.
             native_scale: True where it does so for the scale alone.
             zero_first: True where it adds the zero point before it rounds, which breaks ties otherwise.
+            negative_on_tie: With signed levels, true where the step is negative if both ends are equally far away.
         """
         self.name, self.group_size, self.span = name, group_size, span
         self._reciprocal, self._native, self._zero_first = reciprocal, native, zero_first
-        self._native_scale = native or native_scale
+        self._native_scale, self._negative_on_tie = native or native_scale, negative_on_tie
         self.levels = torch.arange(num_levels, dtype=torch.float32)
 
     @property
     def symmetric(self) -> bool:
-        return self.span is not Span.ASYMMETRIC
+        return self.span in (Span.SYMMETRIC, Span.SIGNED)
 
     @property
     def num_bits(self) -> int:
@@ -102,7 +106,7 @@ class IntegerGrid(Grid):
         Both move by the same fraction of a step, that by which the zero point was rounded, so the step stays. A stock
         quantizer stores the ends with these values too.
         """
-        if self.symmetric:
+        if self.span is not Span.ASYMMETRIC:
             return blocks
         values = blocks.float()
         low, high = group_ends(values)
@@ -167,20 +171,21 @@ class IntegerGrid(Grid):
 
     def _parameters(self, blocks: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """Scale and zero point of each group, and the weights that fix them; all float32 but the last."""
-        low, high = group_ends(blocks)
+        low, high = group_ends(blocks, with_zero=self.span is not Span.SHIFTED)
         scale, zero_point = self._scale(low.to(dtype), high.to(dtype))
         if self.symmetric:
             return scale, zero_point, blocks.abs() == torch.maximum(-low, high)
         return scale, zero_point, (blocks == low) | (blocks == high)
 
     def _scale(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale and zero point of groups with these ends, ``low <= 0 <= high``, in the dtype of the weight."""
+        """Scale and zero point, in float32, of groups with these ends in the dtype of the weight."""
         if not self._native_scale:
             low, high = low.float(), high.float()
         steps = self.num_levels - 1
         if self.span is Span.SIGNED:
             half = self.num_levels // 2
-            scale = torch.where(-low >= high, -low, -high) / half
+            positive = -low > high if self._negative_on_tie else -low >= high
+            scale = torch.where(positive, -low, -high) / half
         elif self.span is Span.SYMMETRIC:
             half = self.num_levels // 2
             scale = torch.maximum(-low, high) / (steps / 2)
@@ -188,14 +193,17 @@ class IntegerGrid(Grid):
             scale = (high - low) / steps
         tiny = torch.finfo(scale.dtype).smallest_normal
         scale = torch.where(scale.abs() < tiny, tiny, scale)
+        if self.span is Span.SHIFTED:
+            return scale.float(), -low.float() / scale.float()
         if self.span is Span.ASYMMETRIC:
             return scale.float(), (-(low / scale).round_()).clamp_(0, steps).float()
         return scale.float(), torch.full_like(scale, half, dtype=torch.float32)
 
 
-def group_ends(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """The smallest and the largest weight of each group, zero included: ``[num_blocks, 1]`` each."""
-    return blocks.amin(1, keepdim=True).clamp_(max=0), blocks.amax(1, keepdim=True).clamp_(min=0)
+def group_ends(blocks: Tensor, *, with_zero: bool = True) -> tuple[Tensor, Tensor]:
+    """The smallest and the largest weight of each group, and of zero: ``[num_blocks, 1]`` each."""
+    low, high = blocks.amin(1, keepdim=True), blocks.amax(1, keepdim=True)
+    return (low.clamp_(max=0), high.clamp_(min=0)) if with_zero else (low, high)
 
 
 def rounding_error(values: Tensor, dtype: torch.dtype) -> Tensor:

@@ -19,6 +19,9 @@ TOOLCHAIN_FORMATS = {
     "openvino:int4-g128": "OpenVINO (NNCF) int4 weights, asymmetric; other groups alike, -sym",
     "compressed-tensors:int4-g128": "llm-compressor W4A16 by rounding to nearest; other groups alike, -asym",
     "quanto:int8": "Optimum Quanto int8 weights, one scale a row",
+    "quanto:int4-g128": "Optimum Quanto int4 weights, with a shift",
+    "hqq:int4-g64": "HQQ 4-bit, axis=1; other groups alike",
+    "autoround:int4-g128": "AutoRound W4A16 without tuning (iters=0), symmetric; other groups alike",
 }
 _FORMAT = re.compile(r"([a-z-]+):(u?int)(\d)(?:-g(\d+))?(?:-(sym|asym|tensor|table))?")
 
@@ -66,4 +69,10 @@ def _grid(name: str, toolchain: str, kind: str, group: str | None, suffix: str) 
             return IntegerGrid(name, 16, group_size, span, native=True)
         case ("quanto", "int8", False, ""):
             return IntegerGrid(name, 255, None, Span.SYMMETRIC, native=True)
+        case ("quanto", "int4", True, ""):
+            return IntegerGrid(name, 16, group_size, Span.SHIFTED, native=True, zero_first=True)
+        case ("hqq", "int4", True, ""):
+            return IntegerGrid(name, 16, group_size, Span.SHIFTED, reciprocal=True, zero_first=True)
+        case ("autoround", "int4", True, ""):
+            return IntegerGrid(name, 16, group_size, Span.SIGNED, negative_on_tie=True)
     return None

@@ -33,7 +33,8 @@ GPTQ_FORMATS = [f"gptq-w{bits}{group}{span}" for bits in range(2, 9) for group i
 TOOLCHAIN_FORMATS = [
     "torchao:int8", "torchao:int4-g32", "onnx:int8", "openvino:int8", "openvino:int8-sym", "openvino:int4-g32",
     "openvino:int4-g64-sym", "compressed-tensors:int4-g128", "compressed-tensors:int4-g32-asym",
-    "quanto:int8", "onnx:uint8", "onnx:int8-tensor",
+    "quanto:int8", "onnx:uint8", "onnx:int8-tensor", "hqq:int4-g64",
+    "quanto:int4-g128", "autoround:int4-g64",
 ]  # fmt: skip
 
 
