@@ -87,7 +87,7 @@ def linear_layers(model: PreTrainedModel) -> list[str]:
 def exported_layers(model: PreTrainedModel, format: str) -> dict[str, TakenLayer]:
     """What ONNX Runtime and OpenVINO take of an exported model: every matrix, the tables and the output head included.
 
-    ONNX Runtime gives a table one scale and a zero point. OpenVINO keeps tables and the head at 8 bits, asymmetric,
+    ONNX Runtime gives a table one scale, and a zero point beside int8 weights. OpenVINO keeps tables and the head at 8 bits, asymmetric,
     where the rest gets fewer. A head that is tied to the table is stored once, as the table.
 
     Raises:
@@ -99,7 +99,9 @@ def exported_layers(model: PreTrainedModel, format: str) -> dict[str, TakenLayer
     head, table = model.get_output_embeddings(), model.get_input_embeddings()
     tied = head is not None and bool(getattr(model.config, "tie_word_embeddings", False))
     onnx = toolchain_of(format) == "onnx"
-    table_format = "onnx:uint8-table" if onnx else format
+    table_format = format
+    if onnx:
+        table_format = "onnx:uint8-tensor" if "uint8" in format else "onnx:uint8-table"
     head_format = format
     if not onnx and not format.startswith("openvino:int8"):
         table_format = head_format = "openvino:int8"
