@@ -59,6 +59,8 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     module = _MODULE_OF[name]
+    if module.startswith("backends."):
+        import_module(f"{__name__}.backends.transformers").require_hooks()
     if module.startswith("backends.bitsandbytes"):
         import_module(f"{__name__}.backends.bitsandbytes.stock").require_bitsandbytes()
     elif module.startswith("backends.gptq"):

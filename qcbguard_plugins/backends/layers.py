@@ -87,8 +87,8 @@ def linear_layers(model: PreTrainedModel) -> list[str]:
 def exported_layers(model: PreTrainedModel, format: str) -> dict[str, TakenLayer]:
     """What ONNX Runtime and OpenVINO take of an exported model: every matrix, the tables and the output head included.
 
-    ONNX Runtime gives a table one scale, and a zero point beside int8 weights. OpenVINO keeps tables and the head at 8 bits, asymmetric,
-    where the rest gets fewer. A head that is tied to the table is stored once, as the table.
+    ONNX Runtime gives a table one scale, and a zero point beside int8 weights. OpenVINO keeps tables and the head at
+    8 bits, asymmetric, where the rest gets fewer. A head that is tied to the table is stored once, as the table.
 
     Raises:
         UnguardableError: The model keeps the experts of a block in one parameter.

@@ -40,6 +40,20 @@ def require_transformers() -> Any:
     return transformers
 
 
+def require_hooks() -> None:
+    """Check for the hooks that a guard inside ``from_pretrained`` stands on.
+
+    Raises:
+        MissingDependencyError: transformers is older than 5.0.
+    """
+    version = require_transformers().__version__
+    if version.startswith("4."):
+        raise MissingDependencyError(
+            f"transformers {version} cannot be guarded in flight, 5.0 or newer is needed",
+            remedy="Guard the checkpoint into a folder with 'qcbguard guard'; that works here.",
+        )
+
+
 def model_class(config: Any) -> Any:
     """The class that the configuration names, if it is one of transformers' own; else the causal language model."""
     transformers = require_transformers()
