@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -25,6 +25,7 @@ class GuardedWeight:
         num_landed: Number of weights that the stock quantizer stores as the defense chose; all of them where the scale
             follows from a formula.
         digest: SHA-256 of the plan in hexadecimal: :func:`codes_digest`, or :func:`blocks_digest` for GGUF.
+        settled: Parameters that the method chose by itself.
     """
 
     weight: Tensor
@@ -34,6 +35,7 @@ class GuardedWeight:
     relative_change: float
     num_landed: int
     digest: str
+    settled: Mapping[str, float | str] = field(default_factory=dict)
 
 
 def codes_digest(codes: Tensor) -> str:

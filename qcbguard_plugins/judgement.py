@@ -22,7 +22,8 @@ from qcbguard_plugins.report.scan_model import FormatEvidence, ScanReport, Tenso
 
 if TYPE_CHECKING:
     from qcbguard_plugins.checkpoint.source import WeightSource
-    from qcbguard_plugins.scan import FormatMeasurements, Measurements
+    from qcbguard_plugins.detection.measurement import FormatMeasurements
+    from qcbguard_plugins.scan import Measurements
 
 # The outlier test knows no format, so it counts once.
 _TESTS_PER_FORMAT = 2

@@ -74,7 +74,14 @@ class _Part:
 
 
 def guard_on_ggml(
-    weight: Tensor, grid: GgmlGrid, defense: Defense, *, seed: int, name: str, hessian: Tensor | None = None
+    weight: Tensor,
+    grid: GgmlGrid,
+    defense: Defense,
+    *,
+    seed: int,
+    name: str,
+    hessian: Tensor | None = None,
+    attack_seen: bool = True,
 ) -> GuardedWeight:
     """Guard one weight on the grid of a GGUF type; see :func:`qcbguard_plugins.rounding.guard_weight`.
 
@@ -91,8 +98,9 @@ def guard_on_ggml(
         )
     if not torch.isfinite(grid.read(weight)).all():
         raise UnguardableError(f"{name} cannot be guarded: it holds NaN or infinity as {grid.name} reads it")
+    settled: dict[str, float | str] = {}
     if defense.needs_calibration:
-        choices = [_choose(weight, grid, defense, Evidence(rng_for(seed, name), hessian))]
+        choices = [_choose(weight, grid, defense, Evidence(rng_for(seed, name), hessian, attack_seen, settled))]
         parts = map_over_threads(lambda run: _finish(choices[0].rows(run, columns), weight, run, grid), _runs(weight))
     else:
 
@@ -124,6 +132,7 @@ def guard_on_ggml(
         relative_change=(change / energy) ** 0.5 if energy else 0.0,
         num_landed=num_landed,
         digest=digest_of_rows(row for part in parts for row in part.row_digests),
+        settled=settled,
     )
 
 

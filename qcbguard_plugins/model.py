@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from qcbguard_plugins.calibration import calibration_tokens, self_generated_tokens
 from qcbguard_plugins.defenses import Defense, Stochastic
+from qcbguard_plugins.detection.precaution import looks_attacked
 from qcbguard_plugins.errors import CalibrationError
 from qcbguard_plugins.grids import Grid, get_grid
 from qcbguard_plugins.guard import Guard, as_guard
@@ -101,6 +102,7 @@ def record_of(
         relative_change=guarded.relative_change,
         num_landed=guarded.num_landed,
         codes_sha256=guarded.digest,
+        settled=dict(guarded.settled),
     )
 
 
@@ -132,6 +134,7 @@ def guard_layers(
         The name of each layer and its guarded weight, ``[out_features, in_features]`` in the dtype that will be read.
     """
     assert guard.seed is not None, "the seed is drawn once a run"
+    attack_seen = not guard.method.weighs_evidence or looks_attacked(_tested(model, layers, grid), guard.seed)
     if guard.method.needs_calibration:
         if tokens is None:
             tokens = self_generated_tokens(guard.calibration, model, seed=guard.seed)
@@ -141,7 +144,7 @@ def guard_layers(
     for hessians in groups:
         for name, hessian in hessians.items():
             module = model.get_submodule(name)
-            guarded = _guard_layer(module, name, layers[name], layers[name].grid or grid, guard, hessian)
+            guarded = _guard_layer(module, name, layers[name], layers[name].grid or grid, guard, hessian, attack_seen)
             yield name, guarded
             if progress is not None:
                 progress(module.weight.numel())
@@ -157,16 +160,37 @@ def _hessians(model: Any, tokens: Tensor, layers: Mapping[str, Layer]) -> Iterat
     yield dict.fromkeys(without)
 
 
+def _tested(model: Any, layers: Mapping[str, Layer], grid: Grid) -> Iterator[tuple[str, Tensor, Grid]]:
+    """The weights that the tests look at: those whose choices depend on what they see."""
+    for name, layer in layers.items():
+        if layer.inputs_of is not None:
+            yield f"{name}.weight", _as_read(model.get_submodule(name), layer), layer.grid or grid
+
+
+def _as_read(module: Any, layer: Layer) -> Tensor:
+    """The weight as the quantizer reads it, ``[out_features, in_features]``."""
+    stored: Tensor = module.weight.data
+    return (stored.T if layer.transposed else stored).to(layer.read_dtype or stored.dtype)
+
+
 def _guard_layer(
-    module: nn.Module, name: str, layer: Layer, grid: Grid, guard: Guard, hessian: Tensor | None
+    module: nn.Module,
+    name: str,
+    layer: Layer,
+    grid: Grid,
+    guard: Guard,
+    hessian: Tensor | None,
+    attack_seen: bool,
 ) -> GuardedWeight:
     assert guard.seed is not None and isinstance(module.weight, Tensor), "a linear layer, and a seed drawn once a run"
     method = guard.method if layer.inputs_of is not None or not guard.method.needs_calibration else Stochastic()
     stored = module.weight.data
-    weight = (stored.T if layer.transposed else stored).to(layer.read_dtype or stored.dtype)
+    weight = _as_read(module, layer)
     tensor_name = f"{name}.weight"
     try:
-        guarded = guard_weight(weight, grid, method, seed=guard.seed, name=tensor_name, hessian=hessian)
+        guarded = guard_weight(
+            weight, grid, method, seed=guard.seed, name=tensor_name, hessian=hessian, attack_seen=attack_seen
+        )
     except CalibrationError as error:
         raise CalibrationError(f"{tensor_name}: {error.summary}", details=error.details, remedy=error.remedy) from error
     stored.copy_(guarded.weight.T if layer.transposed else guarded.weight)

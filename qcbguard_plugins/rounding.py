@@ -34,17 +34,27 @@ _MAX_UNPLACED_ENERGY = 1e-6
 
 
 def guard_weight(
-    weight: Tensor, grid: Grid, defense: Defense, *, seed: int, name: str, hessian: Tensor | None = None
+    weight: Tensor,
+    grid: Grid,
+    defense: Defense,
+    *,
+    seed: int,
+    name: str,
+    hessian: Tensor | None = None,
+    attack_seen: bool = True,
+    overwrite: bool = False,
 ) -> GuardedWeight:
     """Guard one weight.
 
     Args:
-        weight: Float32, float16 or bfloat16 ``[out_features, in_features]``; left as it is.
+        weight: Float32, float16 or bfloat16 ``[out_features, in_features]``.
         grid: The grid of the stock quantizer.
         defense: The method.
         seed: Seed of the run.
         name: Name of the tensor; with the seed it fixes the random draws.
         hessian: Float32 ``[in_features, in_features]``, for a method that needs calibration.
+        attack_seen: Whether the weight tests saw an attack in the model, for a method that weighs evidence.
+        overwrite: The memory of ``weight`` may take the outcome, which halves the peak; left as it is otherwise.
 
     Raises:
         UnguardableError: The weight is empty, not a matrix or of another dtype, holds NaN or infinity, or is so small
@@ -52,8 +62,8 @@ def guard_weight(
     """
     _check(weight, name)
     if isinstance(grid, GgmlGrid):
-        return guard_on_ggml(weight, grid, defense, seed=seed, name=name, hessian=hessian)
-    job = _Job(weight, grid, defense, seed, name, hessian)
+        return guard_on_ggml(weight, grid, defense, seed=seed, name=name, hessian=hessian, attack_seen=attack_seen)
+    job = _Job(weight, grid, defense, seed, name, hessian, attack_seen, overwrite)
     if weight.device.type == "cpu":
         tallies = map_over_threads(job.round_segment, job.segments())
     else:
@@ -70,6 +80,7 @@ def guard_weight(
         relative_change=tally.relative_change(),
         num_landed=numel,
         digest=codes_digest(codes),
+        settled=job.settled,
     )
 
 
@@ -88,13 +99,23 @@ class _Job:
     """One weight on its way through a defense, in segments that any worker may take."""
 
     def __init__(
-        self, weight: Tensor, grid: Grid, defense: Defense, seed: int, name: str, hessian: Tensor | None
+        self,
+        weight: Tensor,
+        grid: Grid,
+        defense: Defense,
+        seed: int,
+        name: str,
+        hessian: Tensor | None,
+        attack_seen: bool,
+        overwrite: bool,
     ) -> None:
         self.grid, self.defense, self.seed, self.name, self.hessian = grid, defense, seed, name, hessian
+        self.attack_seen = attack_seen
+        self.settled: dict[str, float | str] = {}
         self.shape = (weight.shape[0], weight.shape[1])
         self.numel = weight.numel()
         self.source = cut_blocks(weight, grid.block_size_of(self.shape))
-        self.guarded = torch.empty_like(self.source)
+        self.guarded = self.source if overwrite else torch.empty_like(self.source)
         self.codes = torch.empty_like(self.source, dtype=torch.uint8)
 
     def segments(self) -> list[slice]:
@@ -104,7 +125,8 @@ class _Job:
 
     def round_segment(self, segment: slice) -> _Tally:
         """Round one segment into ``guarded`` and ``codes``."""
-        evidence = Evidence(rng_for(self.seed, f"{self.name}:{segment.start}"), self.hessian)
+        rng = rng_for(self.seed, f"{self.name}:{segment.start}")
+        evidence = Evidence(rng, self.hessian, self.attack_seen, self.settled)
         cached = self.source.device.type == "cpu" and not self.defense.needs_calibration
         size = _WEIGHTS_PER_RUN if cached else self.source.numel()
         return sum((self._round(run, evidence) for run in self._slices(segment.start, segment.stop, size)), _Tally())
@@ -119,8 +141,9 @@ class _Job:
             )
         codes = torch.where(lattice.frozen, lattice.nearest, self.defense.choose(lattice, evidence))
         guarded = torch.where(lattice.frozen, settled, lattice.dequantize(codes).to(source.dtype))
+        tally = _tally(lattice, source, guarded, codes, self.numel - run.start * source.shape[1])
         self.codes[run], self.guarded[run] = codes, guarded
-        return _tally(lattice, source, guarded, codes, self.numel - run.start * source.shape[1])
+        return tally
 
     def _slices(self, start: int, stop: int, num_weights: int) -> list[slice]:
         step = max(1, num_weights // self.source.shape[1])

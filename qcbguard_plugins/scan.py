@@ -13,17 +13,9 @@ import torch
 from torch import Tensor
 
 from qcbguard_plugins.checkpoint.source import SourceTensor, WeightSource, open_weights
-from qcbguard_plugins.detection import outlier, residual, spectral
-from qcbguard_plugins.detection.neighbours import (
-    NEAR_GRID,
-    draw_inflations,
-    generator_for,
-    reproduces,
-    roundings,
-    sample_rows,
-    sign_surrogate,
-)
-from qcbguard_plugins.detection.verdict import ON_GRID
+from qcbguard_plugins.detection import outlier, spectral
+from qcbguard_plugins.detection.measurement import FormatMeasurements
+from qcbguard_plugins.detection.neighbours import draw_inflations, generator_for, sample_rows
 from qcbguard_plugins.errors import MissingDependencyError, UsageError
 from qcbguard_plugins.grids import AffineGrid, Grid, get_grid
 from qcbguard_plugins.grids.ggml import GgmlGrid
@@ -37,23 +29,6 @@ MAX_WEIGHTS = 1 << 21
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks?|blk)\.(\d+)\.")
 _VALUES_PER_CHECK = 1 << 22
-
-
-@dataclass
-class FormatMeasurements:
-    """Statistics of the tensors on one format, the exact grid first and its neighbours after it.
-
-    Attributes:
-        names: The tensors that were tested.
-        on_grid: The tensors that lie on the grid already.
-        edge_ratios: One row a tensor of :func:`~qcbguard_plugins.detection.spectral.edge_ratio`.
-        histograms: float64 ``[1 + num_neighbours, NUM_BINS]`` a tensor.
-    """
-
-    names: list[str] = field(default_factory=list)
-    on_grid: list[str] = field(default_factory=list)
-    edge_ratios: list[list[float]] = field(default_factory=list)
-    histograms: list[Tensor] = field(default_factory=list)
 
 
 @dataclass
@@ -204,38 +179,11 @@ def _measure_tensor(
         assert fitting is not None, "tensors that no grid fits were skipped"
         part = sample_rows(weight, fitting, max_weights, generator)
         num_tested = min(num_tested, part.numel())
-        _measure_format(target.name, part, fitting, inflations, start, generator, measured.formats[name])
+        measured.formats[name].add(target.name, part, fitting, inflations, start, generator)
     measured.tensors.append(target)
     measured.num_tested.append(num_tested)
     measured.outliers.append(outlier.outlier_test(part, generator))
     measured.chunk_ratios.append(_thin(outlier.ratios(part)))
-
-
-def _measure_format(
-    name: str,
-    part: Tensor,
-    grid: Grid,
-    inflations: Sequence[float],
-    start: Tensor,
-    generator: torch.Generator,
-    into: FormatMeasurements,
-) -> None:
-    if reproduces(part, grid) >= ON_GRID:
-        into.on_grid.append(name)
-        return
-    edge_ratios, histograms, energies = [], [], []
-    exact = None
-    for rounding in roundings(part, grid, inflations):
-        exact = rounding.error if exact is None else exact
-        edge_ratios.append(spectral.edge_ratio(rounding.error, start))
-        histograms.append(residual.histogram(rounding.position))
-        energies.append(float(rounding.error.square().mean()))
-    if exact is not None and energies[0] < NEAR_GRID * sum(energies[1:]) / len(inflations):
-        surrogates = (sign_surrogate(exact, generator) for _ in inflations)
-        edge_ratios[1:] = [spectral.edge_ratio(surrogate, start) for surrogate in surrogates]
-    into.names.append(name)
-    into.edge_ratios.append(edge_ratios)
-    into.histograms.append(torch.stack(histograms))
 
 
 def _thin(values: Tensor, keep: int = 4096) -> Tensor:

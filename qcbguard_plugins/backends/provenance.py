@@ -18,6 +18,7 @@ def provenance(report: GuardReport) -> dict[str, Any]:
         "parameters": report.parameters,
         "seed": report.seed,
         "calibration": report.calibration,
+        "settled": report.settled,
         "num_tensors": len(report.tensors),
         "codes_sha256": report.codes_sha256,
     }

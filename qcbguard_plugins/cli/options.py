@@ -79,14 +79,14 @@ def read_gguf_options(values: dict[str, Any]) -> GgufOptions:
 
 
 def parse_parameters(parameters: tuple[str, ...]) -> dict[str, Any]:
-    """``name=value`` pairs, the values as JSON."""
-    parsed = {}
+    """``name=value`` pairs, the values as JSON or bare words."""
+    parsed: dict[str, Any] = {}
     for parameter in parameters:
         name, separator, value = parameter.partition("=")
+        if not separator or not name or not value:
+            raise UsageError(f"--set {parameter!r} is not name=value", remedy="For example: --set width=0.25")
         try:
             parsed[name] = json.loads(value)
         except ValueError:
-            separator = ""
-        if not separator or not name:
-            raise UsageError(f"--set {parameter!r} is not name=value", remedy="For example: --set width=0.25")
+            parsed[name] = value  # a bare word, as in width=auto; the method refuses what it does not know
     return parsed

@@ -11,7 +11,7 @@ import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -30,10 +30,15 @@ class Evidence:
         rng: Source of randomness, seeded per tensor name; its draws are consumed in the order of the weights.
         hessian: float32 ``[in_features, in_features]``, the sum of ``x x^T`` over calibration inputs of the layer;
             present only for a defense that needs calibration.
+        attack_seen: Whether the weight tests saw an attack in the model that the weight belongs to; true where nobody
+            looked.
+        settled: Where a defense writes down the parameters that it chose by itself, for the report.
     """
 
     rng: np.random.Generator
     hessian: Tensor | None = None
+    attack_seen: bool = True
+    settled: dict[str, float | str] = field(default_factory=dict)
 
     def uniform(self, like: Tensor) -> Tensor:
         """float32 draws in [0, 1) in the shape and on the device of ``like``; the same on every device."""
@@ -49,12 +54,18 @@ class Defense(ABC):
     """One method.
 
     ``needs_calibration`` is true for a method that looks at a layer's inputs. Such a method is handed the lattice of a
-    whole weight; the others may be handed any run of blocks, in order.
+    whole weight; the others may be handed any run of blocks, in order. ``weighs_evidence`` is true for one that looks
+    at :attr:`Evidence.attack_seen`, too.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     needs_calibration: ClassVar[bool] = False
+
+    @property
+    def weighs_evidence(self) -> bool:
+        """Whether the weight tests shall look at the model first."""
+        return False
 
     @abstractmethod
     def choose(self, lattice: Lattice, evidence: Evidence) -> Tensor:

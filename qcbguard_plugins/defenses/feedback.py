@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,11 +10,24 @@ import torch
 from torch import Tensor
 
 from qcbguard_plugins.defenses.base import Defense, Evidence, register_defense, require_range
+from qcbguard_plugins.defenses.width import (
+    JUDGING_DAMPING,
+    WIDTHS,
+    Width,
+    choose_width,
+    damped,
+    dithered_threshold,
+    quadratic_cost,
+    retained_share,
+)
 from qcbguard_plugins.errors import CalibrationError, UsageError
 from qcbguard_plugins.grids.base import Lattice
 
+AUTO = "auto"
 _COLUMNS_PER_BATCH = 128
 _DAMPING_ATTEMPTS = 4
+# Rows on which widths are tried. They are drawn at random: an attacker who knew them could prepare them.
+_TRIAL_ROWS = 64
 
 
 @register_defense("feedback", "unbiased rounding with error feedback, needs a forward pass (default)")
@@ -28,7 +42,8 @@ class Feedback(Defense):
     do not depend on each other, so each keeps the draw that changes its output least.
 
     Attributes:
-        width: Half-width of the dither in steps, in [0, 0.5].
+        width: Half-width of the dither in steps, in [0, 0.5]; ``"auto"`` settles it for each tensor, see
+            :mod:`qcbguard_plugins.defenses.width`: 1/2 where the weight tests saw an attack, or nobody looked.
         draws: Number of draws for each row, at least 1. More take more time and stay nearer to full precision; where
             the inputs do not reach, the choice among them is blind, and rounding stays unbiased.
         damp_percent: Damping of the Hessian, as a share of its mean diagonal, in (0, 1].
@@ -40,16 +55,23 @@ class Feedback(Defense):
 
     needs_calibration: ClassVar[bool] = True
 
-    width: float = 0.5
+    width: float | str = AUTO
     draws: int = 4
-    damp_percent: float = 0.01
+    damp_percent: float = 0.1
 
     def __post_init__(self) -> None:
-        require_range(self.width, 0.0, 0.5, "feedback: width")
+        if isinstance(self.width, str) and self.width != AUTO:
+            raise UsageError(f"feedback: width must be {AUTO} or lie between 0 and 0.5, got {self.width!r}")
+        if not isinstance(self.width, str):
+            require_range(self.width, 0.0, 0.5, "feedback: width")
         require_range(self.draws, 1, 1024, "feedback: draws")
         if not isinstance(self.draws, int):
             raise UsageError(f"feedback: draws must be a whole number, got {self.draws!r}")
         require_range(self.damp_percent, 1e-8, 1.0, "feedback: damp_percent")
+
+    @property
+    def weighs_evidence(self) -> bool:
+        return self.width == AUTO
 
     def choose(self, lattice: Lattice, evidence: Evidence) -> Tensor:
         if evidence.hessian is None:
@@ -57,20 +79,41 @@ class Feedback(Defense):
         order = evidence.hessian.diagonal().argsort(descending=True, stable=True)
         hessian = evidence.hessian[order][:, order]
         problem = _Problem(lattice, order, inverse_hessian_factor(hessian, self.damp_percent))
+        width = self._settle_width(problem, hessian, evidence)
         best = least = None
         for _ in range(self.draws):
-            codes = problem.round(self._thresholds(evidence.uniform(problem.weight)))
-            error = problem.points(codes) - problem.weight
-            cost = ((error @ hessian) * error).sum(dim=1, keepdim=True)
+            codes = problem.round(dithered_threshold(evidence.uniform(problem.weight), width))
+            cost = quadratic_cost(problem.points(codes) - problem.weight, hessian)
             better = cost < least if least is not None else torch.ones_like(cost, dtype=torch.bool)
             best = torch.where(better, codes, best) if best is not None else codes
             least = torch.minimum(cost, least) if least is not None else cost
         assert best is not None, "there is at least one draw"
         return lattice.from_matrix(best[:, order.argsort()])
 
-    def _thresholds(self, uniform: Tensor) -> Tensor:
-        """The positions above which weights round up."""
-        return uniform.sub_(0.5).mul_(2 * self.width).add_(0.5)
+    def _settle_width(self, problem: _Problem, hessian: Tensor, evidence: Evidence) -> float:
+        if isinstance(self.width, (int, float)):
+            return self.width
+        width = Width(WIDTHS[-1], "evidence") if evidence.attack_seen else _affordable_width(problem, hessian, evidence)
+        evidence.settled.update(width=width.value, because=width.because)
+        return width.value
+
+
+def _affordable_width(problem: _Problem, hessian: Tensor, evidence: Evidence) -> Width:
+    """Try all widths on some rows, in one pass and with the same draws."""
+    num_rows = problem.weight.shape[0]
+    rows = torch.from_numpy(evidence.rng.permutation(num_rows)[:_TRIAL_ROWS]).to(problem.weight.device)
+    trial = problem.rows(rows)
+    judged_by = damped(hessian, JUDGING_DAMPING)
+    position, error, step = trial.plain_rounding()
+    uniform = evidence.uniform(trial.weight)
+    repeated = problem.rows(rows.repeat(len(WIDTHS)))
+    codes = repeated.round(torch.cat([dithered_threshold(uniform, width) for width in WIDTHS]))
+    costs = quadratic_cost(repeated.points(codes) - repeated.weight, judged_by).view(len(WIDTHS), -1).sum(dim=1)
+    return choose_width(
+        costs.tolist(),
+        float(quadratic_cost(error, judged_by).sum()),
+        [retained_share(position, error, step, width) for width in WIDTHS],
+    )
 
 
 class _Problem:
@@ -89,6 +132,22 @@ class _Problem:
         self._scale = lattice.matrix(lattice.scale)[:, order]
         self._frozen = lattice.matrix(lattice.frozen)[:, order]
         self._nearest = lattice.matrix(lattice.nearest)[:, order]
+
+    def rows(self, index: Tensor) -> _Problem:
+        """Some of the rows, any of them more than once."""
+        part = copy.copy(self)
+        part.weight, part._kept, part._scale = self.weight[index], self._kept[index], self._scale[index]
+        part._frozen, part._nearest = self._frozen[index], self._nearest[index]
+        return part
+
+    def plain_rounding(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of every weight its position, plain rounding's error and the step; the last two are 0 where it is frozen."""
+        inverse_scale = torch.where(self._scale != 0, self._scale.reciprocal(), torch.zeros_like(self._scale))
+        coordinate = self._grid.coordinate(self.weight * inverse_scale)
+        lower = coordinate.floor().clamp_(max=self._grid.num_levels - 2)
+        step = self._grid.level_values(lower + 1).sub_(self._grid.level_values(lower)).mul_(self._scale)
+        error = self.points(self._nearest) - self.weight
+        return coordinate - lower, error, step.masked_fill_(self._frozen, 0.0)
 
     def points(self, codes: Tensor) -> Tensor:
         """The guarded weight that has these codes."""

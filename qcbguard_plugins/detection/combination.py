@@ -46,6 +46,30 @@ class Combined:
         return min(1.0, 2 * min(self.p_mean, min(self.adjusted, default=1.0)))
 
 
+@dataclass(frozen=True)
+class Excess:
+    """How far the exact grid stands out, without a p-value.
+
+    Attributes:
+        mean: Mean over tensors of the log statistic's excess over the neighbours.
+        deviations: The same in standard deviations of the neighbours' means (a t-statistic).
+        of_tensors: The excess of each tensor.
+    """
+
+    mean: float
+    deviations: float
+    of_tensors: tuple[float, ...]
+
+
+def excess(statistics: Tensor) -> Excess:
+    """Compare the exact grid with its neighbours; argument as :func:`combine`, at least one tensor."""
+    logs = _logs(statistics)
+    neighbours = logs[:, 1:]
+    effects = logs[:, 0] - neighbours.mean(1)
+    mean, spread = float(effects.mean()), float(neighbours.mean(0).std())
+    return Excess(mean, _deviations(mean, spread, neighbours.shape[1]), tuple(effects.tolist()))
+
+
 def combine(statistics: Tensor) -> Combined:
     """Compare tensors' statistics on the exact grid with those on its neighbours.
 
@@ -58,21 +82,18 @@ def combine(statistics: Tensor) -> Combined:
     """
     if statistics.shape[0] == 0:
         return Combined(0.0, 1.0, (), (), ())
-    logs = statistics.double().clamp(min=1e-12).log()
-    neighbours = logs[:, 1:]
-    effects = logs[:, 0] - neighbours.mean(1)
-    means = neighbours.mean(0)
-    effect = float(effects.mean())
+    found = excess(statistics)
+    neighbours = _logs(statistics)[:, 1:]
     num_draws = neighbours.shape[1]
-    p_mean = _t_test(effect, float(means.std()), num_draws, num_draws - 1)
+    p_mean = _p_value(found.deviations, num_draws - 1)
     own = neighbours.var(1)
     shared = float(own.median())
     spread = ((num_draws - 1) * own + _PRIOR_DRAWS * shared) / (num_draws - 1 + _PRIOR_DRAWS)
     p_values = [
-        _t_test(e, s, num_draws, num_draws - 1 + _PRIOR_DRAWS)
-        for e, s in zip(effects.tolist(), spread.sqrt().tolist(), strict=True)
+        _p_value(_deviations(e, s, num_draws), num_draws - 1 + _PRIOR_DRAWS)
+        for e, s in zip(found.of_tensors, spread.sqrt().tolist(), strict=True)
     ]
-    return Combined(effect, p_mean, tuple(effects.tolist()), tuple(p_values), tuple(holm(p_values)))
+    return Combined(found.mean, p_mean, found.of_tensors, tuple(p_values), tuple(holm(p_values)))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -85,9 +106,17 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def _t_test(excess: float, spread: float, num_draws: int, freedom: int) -> float:
-    """One-sided p-value of one new draw that exceeds the mean of ``num_draws`` by ``excess``."""
+def _logs(statistics: Tensor) -> Tensor:
+    return statistics.double().clamp(min=1e-12).log()
+
+
+def _deviations(excess: float, spread: float, num_draws: int) -> float:
+    """One new draw's distance from the mean of ``num_draws``, in standard deviations of that distance."""
+    return float(excess / (max(spread, _SMALLEST_SPREAD) * (1 + 1 / num_draws) ** 0.5))
+
+
+def _p_value(deviations: float, freedom: int) -> float:
+    """One-sided p-value of a t-statistic."""
     from scipy.special import stdtr
 
-    t = excess / (max(spread, _SMALLEST_SPREAD) * (1 + 1 / num_draws) ** 0.5)
-    return max(float(stdtr(freedom, -t)), _SMALLEST_P)
+    return max(float(stdtr(freedom, -deviations)), _SMALLEST_P)

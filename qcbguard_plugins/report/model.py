@@ -54,6 +54,7 @@ class TensorRecord(Record):
         codes_sha256: Hash of the planned codes; of codes and scales for GGUF.
         format: The format of this tensor, where it is not that of the report: a GGUF mix has several.
         stored_name: Its name in the file that the quantizer writes, where it is another.
+        settled: Parameters that the method chose for this tensor by itself.
     """
 
     name: str
@@ -70,6 +71,7 @@ class TensorRecord(Record):
     num_landed: int | None = None
     format: str = ""
     stored_name: str = ""
+    settled: dict[str, float | str] = Field(default_factory=dict)
 
 
 class FileRecord(Record):
@@ -113,6 +115,15 @@ class GuardReport(Record):
         """Share of the guarded weights whose code differs from plain rounding."""
         total = sum(tensor.num_weights for tensor in self.tensors)
         return sum(tensor.num_moved for tensor in self.tensors) / total if total else 0.0
+
+    @property
+    def settled(self) -> dict[str, list[float | str]]:
+        """Values of the parameters that the method chose by itself, each once, over all tensors."""
+        values: dict[str, set[float | str]] = {}
+        for tensor in self.tensors:
+            for name, value in tensor.settled.items():
+                values.setdefault(name, set()).add(value)
+        return {name: sorted(found, key=str) for name, found in sorted(values.items())}
 
     @property
     def share_landed(self) -> float | None:

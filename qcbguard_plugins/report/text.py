@@ -28,11 +28,12 @@ def render_plan(report: PlanReport) -> Group:
 
 def render_guard(report: GuardReport) -> Group:
     """The tensors that changed most, and the coverage."""
-    table = _table("tensor", "shape", "codes moved", "relative change")
+    table = _table("tensor", "shape", "codes moved", "relative change", *(report.settled))
     ranked = sorted(report.tensors, key=lambda tensor: -tensor.num_moved / tensor.num_weights)
     for tensor in ranked[:_MAX_ROWS]:
         moved = f"{tensor.num_moved / tensor.num_weights:.1%}"
-        table.add_row(tensor.name, _shape(tensor.shape), moved, f"{tensor.relative_change:.4f}")
+        settled = [str(tensor.settled.get(name, "")) for name in report.settled]
+        table.add_row(tensor.name, _shape(tensor.shape), moved, f"{tensor.relative_change:.4f}", *settled)
     lines = []
     if len(ranked) > _MAX_ROWS:
         lines.append(f"... and {len(ranked) - _MAX_ROWS} more tensors, in the report")
