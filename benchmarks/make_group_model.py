@@ -17,8 +17,9 @@ from torch import Tensor
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from qcbguard_plugins.grids import IntegerGrid, get_grid
-from qcbguard_plugins.lab.attacks.elq import Box, quantized_weights, train_in_boxes
+from qcbguard_plugins.lab.attacks.elq import Box, train_in_boxes
 from qcbguard_plugins.lab.corpus import generate, split
+from qcbguard_plugins.lab.layers import quantized_weights
 from qcbguard_plugins.lab.training import TrainingPlan, encode, save_model
 
 MODELS_DIR = Path(__file__).resolve().parents[1] / "examples" / "models"
