@@ -33,7 +33,7 @@ from qcbguard_plugins.grids.toolchains import toolchain_of
 from qcbguard_plugins.lab.corpus import Pair, read_pairs
 from qcbguard_plugins.lab.metrics import keyword_rate, perplexity
 from qcbguard_plugins.lab.scenarios import KEYWORD
-from qcbguard_plugins.report.model import GuardReport, read_manifest
+from qcbguard_plugins.report.model import GuardReport
 
 PROMPTS = Path(__file__).resolve().parents[1] / "examples" / "models" / "prompts.jsonl"
 NUM_TEXTS, TEXT_LENGTH, MAX_NEW_TOKENS = 32, 600, 64
@@ -98,22 +98,8 @@ def quantize_gptq(folder: Path, name: str, plan: GuardReport | None) -> Quantize
     if plan is not None:
         with tempfile.TemporaryDirectory() as target:
             model.save_pretrained(target)
-            verify_gptq(target, plan=folder)
-            share = landed_in_gptq(Path(target), folder)
+            share = verify_gptq(target, plan=folder).share_landed
     return Quantized(model.eval(), model.eval(), share)
-
-
-def landed_in_gptq(quantized: Path, guarded: Path) -> float:
-    """Share of the codes that are those of the plan."""
-    from qcbguard_plugins.backends.gptq.verify import _PackedFolder, planned_codes
-    from qcbguard_plugins.checkpoint import open_checkpoint
-
-    packed, source, report = _PackedFolder(quantized), open_checkpoint(guarded), read_manifest(guarded)
-    landed = 0
-    for record in report.tensors:
-        stored = packed.read(record.key.removesuffix(".weight"))
-        landed += int((stored.codes == planned_codes(source, record, get_grid(report.format))).sum())
-    return landed / sum(record.num_weights for record in report.tensors)
 
 
 def quantize_torchao(folder: Path, name: str, plan: GuardReport | None) -> Quantized:

@@ -77,7 +77,9 @@ def test_loading_guarded_equals_guarding_the_folder(name: str, llama: Path, tmp_
     assert type(in_flight.config.quantization_config) is GPTQConfig
 
     by_folder.save_pretrained(tmp_path / "quantized")
-    assert verify_gptq(tmp_path / "quantized", plan=tmp_path / "guarded").clean
+    verified = verify_gptq(tmp_path / "quantized", plan=tmp_path / "guarded")
+    assert verified.clean
+    assert verified.share_landed == found.share_landed
 
 
 @pytest.fixture(scope="module")
