@@ -26,6 +26,12 @@ _REPORTED_PACKAGES = (
     "bitsandbytes",
     "gguf",
     "xllamacpp",
+    "gptqmodel",
+    "torchao",
+    "optimum",
+    "onnxruntime",
+    "openvino",
+    "nncf",
 )
 
 
