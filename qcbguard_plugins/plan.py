@@ -226,9 +226,9 @@ def _read_tensors(
         if name.startswith("gguf:"):
             from qcbguard_plugins.backends.gguf.folder import folder_types
             from qcbguard_plugins.backends.gguf.options import GgufOptions
-            from qcbguard_plugins.backends.transformers import transposed_parameters
+            from qcbguard_plugins.backends.transformers import build_skeleton, transposed_parameters
 
-            transposed = transposed_parameters(skeleton)
+            transposed = transposed_parameters(build_skeleton(config))
             shapes = {n: checkpoint.tensors[k].shape for n, k in keys.items() if not (tied and n == "lm_head.weight")}
             stored = [(n, shape[::-1] if n in transposed else shape) for n, shape in shapes.items()]
             folder = folder_types(config, stored, name.removeprefix("gguf:"), gguf or GgufOptions())

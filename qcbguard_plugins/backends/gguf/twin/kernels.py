@@ -92,9 +92,10 @@ class NumbaKernels:
 
     def count_landed(self, grid: GgmlGrid, stored: StoredBlocks, chosen: StoredBlocks, /) -> int:
         size = grid.block_type.sub_block_size
+        tolerance = np.float32(grid.levels.diff().min() / 2)
         landed: int = landing.count_landed(
             size, *_levels(grid), _each(stored.codes, size), _flat(stored.scale), _flat(stored.offset),
-            _each(chosen.codes, size), _flat(chosen.scale), _flat(chosen.offset), np.float32(grid.levels.diff().min() / 2),
+            _each(chosen.codes, size), _flat(chosen.scale), _flat(chosen.offset), tolerance,
         )  # fmt: skip
         return landed
 
