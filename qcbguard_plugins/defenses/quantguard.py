@@ -27,7 +27,9 @@ PAPER_STEPS = 125
 #: Learning rates of the paper and weights that its code uses and its text omits, by the fineness of the grid.
 LEARNING_RATE_INT8, LEARNING_RATE_4BIT = 0.05, 0.01
 DIST_SCALE_INT8, DIST_SCALE_4BIT = 5e7, 1e7
-_FLOAT_BYTES = 4.0
+# alpha, its gradient, two moments, lower, step, position and direction are 32; the rest are temporaries of a step.
+# Every weight costs its replacement, which is kept for the backward pass (benchmarks/learned_memory.py).
+_BYTES_PER_VARIABLE, _BYTES_PER_WEIGHT = 56.0, 12.0
 #: Weight of the divergence in the paper's code, and one at which a hardened student ends near the full-precision model
 #: (docs/methods.md).
 KL_SCALE, KL_SCALE_HARDENED = 100.0, 3000.0
@@ -107,11 +109,8 @@ class QuantGuard(WholeModelDefense):
 
     @property
     def bytes_per_weight(self) -> float:
-        per_variable = 8.0 * _FLOAT_BYTES  # alpha, its gradient, two moments; lower, step, position, direction
-        if self.band is None:
-            return per_variable
-        # Where weights lie anywhere in their cells; an index of 8 bytes, and a copy of what is no variable.
-        return (per_variable + 8.0) * 2 * self.band + _FLOAT_BYTES
+        # Where weights lie anywhere in their cells, a band holds twice its width of them.
+        return _BYTES_PER_VARIABLE * (1.0 if self.band is None else 2 * self.band) + _BYTES_PER_WEIGHT
 
     def operations(self, shape: tuple[int, int], num_sequences: int, sequence_length: int) -> float:
         # The teacher's forward pass, the student's, and its backward pass without gradients of frozen parameters.
