@@ -12,13 +12,14 @@ if TYPE_CHECKING:
     from qcbguard_plugins.backends.bitsandbytes.registration import activate
     from qcbguard_plugins.backends.gptq.config import GuardedGPTQConfig
     from qcbguard_plugins.calibration import Calibration
-    from qcbguard_plugins.defenses import Feedback, FlipGuard, Noise, QVec, Stochastic
+    from qcbguard_plugins.defenses import Efrap, Feedback, FlipGuard, Noise, QuantGuard, QVec, Stochastic
     from qcbguard_plugins.guard import Guard
     from qcbguard_plugins.model import guard_model
     from qcbguard_plugins.pipeline import guard_checkpoint, verify_checkpoint
 
 __all__ = [
     "Calibration",
+    "Efrap",
     "Feedback",
     "FlipGuard",
     "Guard",
@@ -26,6 +27,7 @@ __all__ = [
     "GuardedGPTQConfig",
     "Noise",
     "QVec",
+    "QuantGuard",
     "Stochastic",
     "activate",
     "guard_checkpoint",
@@ -35,6 +37,7 @@ __all__ = [
 
 _MODULE_OF = {
     "Calibration": "calibration",
+    "Efrap": "defenses",
     "Feedback": "defenses",
     "FlipGuard": "defenses",
     "Guard": "guard",
@@ -42,6 +45,7 @@ _MODULE_OF = {
     "GuardedGPTQConfig": "backends.gptq.registration",
     "Noise": "defenses",
     "QVec": "defenses",
+    "QuantGuard": "defenses",
     "Stochastic": "defenses",
     "activate": "backends.bitsandbytes.registration",
     "guard_checkpoint": "pipeline",

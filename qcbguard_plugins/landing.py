@@ -82,6 +82,7 @@ def guard_on_ggml(
     name: str,
     hessian: Tensor | None = None,
     attack_seen: bool = True,
+    up: Tensor | None = None,
 ) -> GuardedWeight:
     """Guard one weight on the grid of a GGUF type; see :func:`qcbguard_plugins.rounding.guard_weight`.
 
@@ -100,7 +101,8 @@ def guard_on_ggml(
         raise UnguardableError(f"{name} cannot be guarded: it holds NaN or infinity as {grid.name} reads it")
     settled: dict[str, float | str] = {}
     if defense.needs_calibration:
-        choices = [_choose(weight, grid, defense, Evidence(rng_for(seed, name), hessian, attack_seen, settled))]
+        evidence = Evidence(rng_for(seed, name), hessian, attack_seen, up, settled)
+        choices = [_choose(weight, grid, defense, evidence)]
         parts = map_over_threads(lambda run: _finish(choices[0].rows(run, columns), weight, run, grid), _runs(weight))
     else:
 
