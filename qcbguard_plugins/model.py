@@ -74,8 +74,10 @@ def guard_model(
     from qcbguard_plugins.backends.layers import quantized_layers
 
     guard = as_guard(guard).with_seed()
-    stored = quantized_layers(format, model.config)
-    layers = {name: Layer(transposed) for name, transposed in stored.items()}
+    layers = {
+        name: Layer(taken.transposed, grid=get_grid(taken.format), inputs_of=taken.inputs_of)
+        for name, taken in quantized_layers(format, model.config).items()
+    }
     tokens = None
     if guard.method.needs_calibration:
         tokens = calibration_tokens(guard.calibration, model.config, tokenizer)
