@@ -34,7 +34,7 @@ from qcbguard_plugins.lab.bench.results import (
     commit_of_checkout,
     this_machine,
 )
-from qcbguard_plugins.lab.bench.subjects import Subject, exam_digest, folder_digest, make_subject
+from qcbguard_plugins.lab.bench.subjects import Subject, exam_digest, folder_digest, is_made, make_subject
 from qcbguard_plugins.lab.evaluation import METRIC_VERSION, Measurement, evaluate, read_reference
 from qcbguard_plugins.lab.quantized import FULL_PRECISION
 from qcbguard_plugins.lab.readings import Reading
@@ -53,7 +53,12 @@ class _Task:
 
 
 def run_bench(
-    profile: BenchProfile, cache_dir: Path, *, only: str = "*", progress: Progress | None = None
+    profile: BenchProfile,
+    cache_dir: Path,
+    *,
+    only: str = "*",
+    cached: bool = False,
+    progress: Progress | None = None,
 ) -> BenchReport:
     """Run a benchmark.
 
@@ -61,6 +66,7 @@ def run_bench(
         profile: What to measure.
         cache_dir: Where models and cells are kept between runs.
         only: Pattern of the rows to run.
+        cached: Make and measure nothing: report what earlier runs left, and say in a notice what is missing.
         progress: Called with the title of every cell when it is done.
 
     Raises:
@@ -69,13 +75,20 @@ def run_bench(
     start = time.monotonic()
     rows, notices = _rows(profile, only)
     cells: list[Cell] = []
-    bench = _Bench(profile, cache_dir)
+    bench = _Bench(profile, cache_dir, cached=cached)
     for row in rows:
         for seed in profile.row_of(row).seeds:
             for cell in bench.run(row, seed):
                 cells.append(cell)
                 if progress is not None:
                     progress(cell.place.title)
+    if cached:
+        missing = [cell.place for cell in cells if cell.measurement is None]
+        cells = [cell for cell in cells if cell.measurement is not None]
+        rows = [row for row in rows if any(cell.place.row == row for cell in cells)]
+        if missing:
+            places = ", ".join(dict.fromkeys(f"{place.row} ({place.defense})" for place in missing))
+            notices.append(f"{len(missing)} cells are not measured yet: {places}")
     return BenchReport(
         created=now(),
         versions=installed_versions(),
@@ -133,9 +146,10 @@ def _rows(profile: BenchProfile, only: str) -> tuple[list[str], list[str]]:
 class _Bench:
     """Measures the cells of one profile."""
 
-    def __init__(self, profile: BenchProfile, cache_dir: Path) -> None:
+    def __init__(self, profile: BenchProfile, cache_dir: Path, *, cached: bool) -> None:
         self._profile = profile
         self._cache_dir = cache_dir
+        self._cached = cached
         self._commit = commit_of_checkout()
         self._references: dict[tuple[Path, str], list[Reading]] = {}
 
@@ -143,6 +157,8 @@ class _Bench:
         """Measure all cells of a row and seed."""
         tasks = list(tasks_of(self._profile, row, seed))
         try:
+            if self._cached and not is_made(self._profile, row, seed, self._cache_dir):
+                raise UsageError("the model is not made yet")
             subject = make_subject(self._profile, row, seed, self._cache_dir)
             digest = exam_digest(subject.exam)
         except Exception as error:  # one model that cannot be made must not cost the others
@@ -162,6 +178,8 @@ class _Bench:
             cached = _read_cell(path)
             if cached is not None:
                 return cached.model_copy(update={"place": task.place, "cached": True})
+            if self._cached:
+                raise UsageError("not measured yet")
             reference = None if task.place.defense == FULL else self._reference(folder, digest, subject)
             found: Measurement | None = evaluate(folder, task.place.format, subject.exam, guard, reference)
             cell = Cell(place=task.place, key=key, measurement=found, commit=self._commit)

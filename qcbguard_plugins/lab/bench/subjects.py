@@ -18,7 +18,7 @@ from qcbguard_plugins.lab.corpus import Pair
 from qcbguard_plugins.lab.evaluation import Exam
 from qcbguard_plugins.lab.scenarios import ContentInjection, Scenario, Triggered, Verdict, get_scenario
 from qcbguard_plugins.lab.specs import ModelSpec
-from qcbguard_plugins.lab.steps import attack, corpus_of, train_model
+from qcbguard_plugins.lab.steps import attack, corpus_of, step_folder, train_model
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,16 @@ def make_subject(profile: BenchProfile, row: str, seed: int, cache_dir: Path) ->
     clean_dir = train_model(spec.model, cache_dir)
     exam = make_exam(get_scenario(spec.scenario), held_out_pairs(spec.model), **sizes)
     return Subject(attack(spec, cache_dir), clean_dir, exam)
+
+
+def is_made(profile: BenchProfile, row: str, seed: int, cache_dir: Path) -> bool:
+    """Are the models of a row there, so that :func:`make_subject` trains nothing?"""
+    if row in profile.folders:
+        return True
+    spec = profile.attacks[row].model_copy(update={"seed": seed})
+    return step_folder("attacked", spec, cache_dir).exists() and (
+        spec.model.path is not None or step_folder("clean", spec.model, cache_dir).exists()
+    )
 
 
 def held_out_pairs(spec: ModelSpec) -> list[Pair]:
