@@ -11,7 +11,7 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -22,7 +22,7 @@ from pydantic import ValidationError
 from qcbguard_plugins.errors import QcbguardError, UsageError
 from qcbguard_plugins.guard import Guard
 from qcbguard_plugins.lab.bench.defense_specs import parse_defense, signature
-from qcbguard_plugins.lab.bench.expectations import check_all
+from qcbguard_plugins.lab.bench.expectations import NOT_MEASURED, check_all
 from qcbguard_plugins.lab.bench.profile import BenchProfile, DefenseEntry, FolderEntry
 from qcbguard_plugins.lab.bench.results import (
     FULL,
@@ -87,8 +87,7 @@ def run_bench(
         cells = [cell for cell in cells if cell.measurement is not None]
         rows = [row for row in rows if any(cell.place.row == row for cell in cells)]
         if missing:
-            places = ", ".join(dict.fromkeys(f"{place.row} ({place.defense})" for place in missing))
-            notices.append(f"{len(missing)} cells are not measured yet: {places}")
+            notices.append(_what_is_missing(missing, rows))
     return BenchReport(
         created=now(),
         versions=installed_versions(),
@@ -96,9 +95,21 @@ def run_bench(
         profile=profile.model_dump(mode="json"),
         notices=notices,
         cells=cells,
-        checks=check_all(profile, cells, rows),
+        checks=[check for check in check_all(profile, cells, rows) if not (cached and check.found == NOT_MEASURED)],
         elapsed_s=time.monotonic() - start,
     )
+
+
+def _what_is_missing(places: Sequence[Place], rows: Sequence[str]) -> str:
+    """Rows of which nothing is measured, and what is missing of the others."""
+    absent = list(dict.fromkeys(place.row for place in places if place.row not in rows))
+    parts = [f"all of {', '.join(absent)}"] if absent else []
+    for row in rows:
+        seeds = sorted({place.seed for place in places if place.row == row and place.defense == STOCK})
+        defenses = list(dict.fromkeys(p.defense for p in places if p.row == row and p.seed not in seeds))
+        parts += [f"{row}: seeds {', '.join(map(str, seeds))}"] if seeds else []
+        parts += [f"{row}: {', '.join(defenses)}"] if defenses else []
+    return f"{len(places)} cells are not measured yet; {'; '.join(parts)}"
 
 
 def num_cells(profile: BenchProfile, only: str = "*") -> int:
