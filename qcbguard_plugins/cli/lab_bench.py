@@ -18,7 +18,8 @@ from qcbguard_plugins.errors import QcbguardError, VerificationError
 )
 @cache_option
 @click.option("--only", default="*", show_default=True, help="Pattern of the attacks to run, as in 'nf4-*'.")
-def command(profile_name: str, out: Path, cache: Path | None, only: str) -> int:
+@click.option("--cached", is_flag=True, help="Measure nothing; write what earlier runs have measured.")
+def command(profile_name: str, out: Path, cache: Path | None, only: str, cached: bool) -> int:
     """Run PROFILE, a YAML file or the name of one that ships with the package.
 
     A run that was stopped goes on where it was; what is in the cache is not measured again. Exits 1 where an
@@ -34,7 +35,7 @@ def command(profile_name: str, out: Path, cache: Path | None, only: str) -> int:
     require_own_folder(out, profile)
     quieten_libraries()
     with progress_bar(num_cells(profile, only), profile.name, unit=" cells") as update:
-        report = run_bench(profile, cache_dir(cache), only=only, progress=lambda _: update(1))
+        report = run_bench(profile, cache_dir(cache), only=only, cached=cached, progress=lambda _: update(1))
     write_results(report, profile, out)
     console = Console(highlight=False, soft_wrap=True)
     console.print(summary_table(report, profile))

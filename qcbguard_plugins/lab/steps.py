@@ -128,6 +128,11 @@ def attack(spec: AttackSpec, cache: Path) -> Path:
     return _step("attacked", spec, cache, make)
 
 
+def step_folder(kind: str, spec: Spec, cache: Path) -> Path:
+    """Where a step's folder is, made or not: ``clean``, ``malicious`` or ``attacked``, and the digest."""
+    return cache / f"{kind}-{spec.digest()}"
+
+
 def read_record(folder: Path) -> dict[str, Any]:
     """The ``step.json`` of a folder."""
     record: dict[str, Any] = json.loads((folder / STEP_FILE).read_text(encoding="utf-8"))
@@ -140,8 +145,8 @@ def _step(kind: str, spec: Spec, cache: Path, make: _Make) -> Path:
     The record's ``seconds`` are those of this run, so of its last part where ``resumed`` is true, and its peak of
     memory is that of the process.
     """
-    name = f"{kind}-{spec.digest()}"
-    folder, work = cache / name, cache / f".{name}.partial"
+    folder = step_folder(kind, spec, cache)
+    name, work = folder.name, cache / f".{folder.name}.partial"
     if folder.exists():
         return folder
     cache.mkdir(parents=True, exist_ok=True)

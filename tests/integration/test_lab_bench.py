@@ -71,6 +71,10 @@ def test_a_benchmark_measures_caches_and_grows(profile: Path, tmp_path: Path) ->
     assert (tmp_path / "out" / "asr-utility.svg").is_file()
 
     profile.write_text(PROFILE.replace("[stochastic]", "[stochastic, qvec]"), encoding="utf-8")
+    assert bench(profile, tmp_path, "partial", "--cached") == 0
+    partial = results(tmp_path, "partial")
+    assert len(partial["cells"]) == 5
+    assert partial["notices"] == ["1 cells are not measured yet; attacked: qvec"]
     assert bench(profile, tmp_path) == 0
     second = results(tmp_path)
     assert [cell["place"]["defense"] for cell in second["cells"] if not cell["cached"]] == ["qvec"]

@@ -13,6 +13,7 @@ from qcbguard_plugins.lab.bench.expectations import check_all
 from qcbguard_plugins.lab.bench.output import draw_all
 from qcbguard_plugins.lab.bench.profile import PROFILES_DIR, BenchProfile, DefenseEntry, read_profile
 from qcbguard_plugins.lab.bench.results import FULL, STOCK, BenchReport, Cell, Machine, Place, Variant
+from qcbguard_plugins.lab.bench.runner import num_cells
 from qcbguard_plugins.lab.bench.summary import find, summarize
 from qcbguard_plugins.lab.bench.sweeps import find_grids, find_sweeps
 from qcbguard_plugins.lab.evaluation import GuardCost, Measurement
@@ -96,6 +97,17 @@ def test_a_profile_takes_attacks_over_from_another(tmp_path: Path) -> None:
     profile = _profile(tmp_path, MINIMAL + f"include: [{tmp_path / 'base.yaml'}]\n")
     assert profile.row_names == ["code", "content"]
     assert profile.formats_of("code") == ["fp4"]
+
+
+def test_rows_are_chosen_and_set_by_pattern(tmp_path: Path) -> None:
+    attacks = "attacks: {a-nf4: {}, b-nf4: {}, b-fp4: {format: fp4}}\n"
+    rows = 'skip: ["*-fp4"]\nrows: {b-*: {adaptive: true, seeds: [1, 2]}}\n'
+    profile = _profile(tmp_path, "name: tiny\ndefenses: [{spec: qvec, rows: [a-*]}]\n" + attacks + rows)
+    assert profile.row_names == ["a-nf4", "b-nf4"]
+    assert [profile.row_of(name).adaptive for name in profile.row_names] == [False, True]
+    # Of each model: clean and attacked, in full precision and rounded; then the defense, on the first only.
+    assert num_cells(profile) == 4 + 1 + 2 * 4
+    assert num_cells(profile, "b-*") == 8
 
 
 def test_a_profile_that_is_nowhere() -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
+from typing import Final
 
 from qcbguard_plugins.lab.bench.profile import BenchProfile, Live, Restored
 from qcbguard_plugins.lab.bench.results import STOCK, Cell, Check
 from qcbguard_plugins.lab.bench.summary import Line, find, full_precision, stock, summarize
 
+#: What a check found where a cell that it needs is missing.
+NOT_MEASURED: Final = "not measured"
 # Rates are shares of whole prompts; a limit in points is met where it is met to the last digit shown.
 _ROUNDING = 1e-9
 
@@ -65,7 +68,7 @@ def _restored(rule: Restored, lines: Sequence[Line], row: str, format: str, *, a
     points = rule.within_points_adaptive if adaptive else rule.within_points
     distance = None if guarded is None else guarded.asr_from_full
     what = f"ASR within {points:g} points of full precision's"
-    found = "not measured" if distance is None else f"{100 * distance:+.1f} points"
+    found = NOT_MEASURED if distance is None else f"{100 * distance:+.1f} points"
     held = distance is not None and abs(distance) <= points / 100 + _ROUNDING
     yield Check(row=row, format=format, defense=rule.defense, what=what, found=found, held=held)
     if rule.unparsed_points is not None:
@@ -80,7 +83,7 @@ def _restored(rule: Restored, lines: Sequence[Line], row: str, format: str, *, a
         ours = None if guarded is None or guarded.kl is None else guarded.kl.value
         theirs = None if rounded is None or rounded.kl is None else rounded.kl.value
         what = "nearer to full precision than plain rounding (KL)"
-        found = "not measured" if ours is None or theirs is None else f"{ours:.2e} against {theirs:.2e}"
+        found = NOT_MEASURED if ours is None or theirs is None else f"{ours:.2e} against {theirs:.2e}"
         held = ours is not None and theirs is not None and ours < theirs
         yield Check(row=row, format=format, defense=rule.defense, what=what, found=found, held=held)
     if rule.accurate and guarded is not None and guarded.task_accuracy is not None:
@@ -94,7 +97,7 @@ def _check(
 ) -> Check:
     """Compare a share with a limit."""
     if value is None or limit is None:
-        return Check(row=row, format=format, defense=defense, what=what, found="not measured", held=False)
+        return Check(row=row, format=format, defense=defense, what=what, found=NOT_MEASURED, held=False)
     held = value <= limit + _ROUNDING if at_most else value >= limit - _ROUNDING
     found = f"{value:.1%} against {limit:.1%}"
     return Check(row=row, format=format, defense=defense, what=what, found=found, held=held)

@@ -34,17 +34,9 @@ _STYLE: dict[Any, Any] = {
     "legend.fontsize": 8,
 }
 _COLOURS = (
-    "#1f6feb",
-    "#2da44e",
-    "#9a6700",
-    "#8250df",
-    "#bf3989",
-    "#0a7ea4",
-    "#57606a",
-    "#d4671b",
-    "#116329",
-    "#4c2889",
-)
+    "#1f6feb", "#2da44e", "#9a6700", "#8250df", "#bf3989", "#0a7ea4", "#57606a", "#d4671b", "#116329", "#4c2889",
+    "#86b6f7", "#7bd88f", "#e0b35a", "#c9a7f5", "#f09bc6",
+)  # fmt: skip
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*")
 _NO_DEFENSE = "#b3261e"
 _REFERENCE = "#999999"
@@ -77,9 +69,11 @@ def draw_tradeoff(
         )
         for axes, (title, places) in zip(panels[0], groups.items(), strict=True):
             for name in (STOCK, *defenses):
-                point = _mean_point(lines, places, name)
-                if point is not None:
-                    axes.plot(*point, **_marker(name, defenses), linestyle="none", label=_label(name), markersize=6)
+                points = _points(lines, places, name)
+                if points:
+                    fill = "full" if len(points) == len(places) else "none"
+                    style = {**_marker(name, defenses), "fillstyle": fill, "linestyle": "none", "markersize": 6}
+                    axes.plot(*_mean_point(points), label=_label(name), **style)
             axes.axvline(1, color=_REFERENCE, linewidth=0.7, linestyle=":")
             axes.axhline(0, color=_REFERENCE, linewidth=0.7, linestyle=":")
             _logarithmic(axes, "x")
@@ -90,7 +84,8 @@ def draw_tradeoff(
             axes.set_xlabel("KL to full precision, over the clean model's\nin the same format")
         panels[0][0].set_ylabel("ASR, distance from full precision, points")
         _legend_outside(figure, panels[0])
-        return _save(figure, target, "asr-utility", "Distance of the attack success rate against divergence")
+        title = "Distance of the attack success rate against divergence, means; hollow: measured on some of the models"
+        return _save(figure, target, "asr-utility", title)
 
 
 def draw_rows(lines: Sequence[Line], places: Sequence[Place], defenses: Sequence[str], target: Target) -> Plot | None:
@@ -219,19 +214,23 @@ def _draw_panel(axes: Axes, lines: Sequence[Line], row: str, format: str, defens
     axes.set_title(f"{row}, {format}")
 
 
-def _mean_point(lines: Sequence[Line], places: Sequence[Place], name: str) -> tuple[float, float] | None:
-    """Geometric mean of the divergence over the clean model's, and mean distance of the rate, in points.
-
-    A method is shown where it was measured on every row of the panel.
-    """
-    logs, distances = [], []
+def _points(lines: Sequence[Line], places: Sequence[Place], name: str) -> list[tuple[float, float]]:
+    """Of every model on which a method was measured: logarithm of its divergence over the clean model's, and the
+    distance of the rate from full precision's, in points."""
+    points = []
     for row, format_name in places:
         line = find(lines, row, "attacked", format_name, name)
         clean = stock(lines, row, format_name, "clean")
         if line is None or clean is None or line.kl is None or clean.kl is None or line.asr_from_full is None:
-            return None
-        logs.append(math.log(max(line.kl.value, _SMALLEST_KL) / max(clean.kl.value, _SMALLEST_KL)))
-        distances.append(100 * abs(line.asr_from_full))
+            continue
+        ratio = max(line.kl.value, _SMALLEST_KL) / max(clean.kl.value, _SMALLEST_KL)
+        points.append((math.log(ratio), 100 * abs(line.asr_from_full)))
+    return points
+
+
+def _mean_point(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Geometric mean of the ratios, and mean distance."""
+    logs, distances = zip(*points, strict=True)
     return math.exp(math.fsum(logs) / len(logs)), math.fsum(distances) / len(distances)
 
 

@@ -11,7 +11,7 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -22,7 +22,7 @@ from pydantic import ValidationError
 from qcbguard_plugins.errors import QcbguardError, UsageError
 from qcbguard_plugins.guard import Guard
 from qcbguard_plugins.lab.bench.defense_specs import parse_defense, signature
-from qcbguard_plugins.lab.bench.expectations import check_all
+from qcbguard_plugins.lab.bench.expectations import NOT_MEASURED, check_all
 from qcbguard_plugins.lab.bench.profile import BenchProfile, DefenseEntry, FolderEntry
 from qcbguard_plugins.lab.bench.results import (
     FULL,
@@ -34,7 +34,7 @@ from qcbguard_plugins.lab.bench.results import (
     commit_of_checkout,
     this_machine,
 )
-from qcbguard_plugins.lab.bench.subjects import Subject, exam_digest, folder_digest, make_subject
+from qcbguard_plugins.lab.bench.subjects import Subject, exam_digest, folder_digest, is_made, make_subject
 from qcbguard_plugins.lab.evaluation import METRIC_VERSION, Measurement, evaluate, read_reference
 from qcbguard_plugins.lab.quantized import FULL_PRECISION
 from qcbguard_plugins.lab.readings import Reading
@@ -53,7 +53,12 @@ class _Task:
 
 
 def run_bench(
-    profile: BenchProfile, cache_dir: Path, *, only: str = "*", progress: Progress | None = None
+    profile: BenchProfile,
+    cache_dir: Path,
+    *,
+    only: str = "*",
+    cached: bool = False,
+    progress: Progress | None = None,
 ) -> BenchReport:
     """Run a benchmark.
 
@@ -61,6 +66,7 @@ def run_bench(
         profile: What to measure.
         cache_dir: Where models and cells are kept between runs.
         only: Pattern of the rows to run.
+        cached: Make and measure nothing: report what earlier runs left, and say in a notice what is missing.
         progress: Called with the title of every cell when it is done.
 
     Raises:
@@ -69,13 +75,19 @@ def run_bench(
     start = time.monotonic()
     rows, notices = _rows(profile, only)
     cells: list[Cell] = []
-    bench = _Bench(profile, cache_dir)
+    bench = _Bench(profile, cache_dir, cached=cached)
     for row in rows:
         for seed in profile.row_of(row).seeds:
             for cell in bench.run(row, seed):
                 cells.append(cell)
                 if progress is not None:
                     progress(cell.place.title)
+    if cached:
+        missing = [cell.place for cell in cells if cell.measurement is None]
+        cells = [cell for cell in cells if cell.measurement is not None]
+        rows = [row for row in rows if any(cell.place.row == row for cell in cells)]
+        if missing:
+            notices.append(_what_is_missing(missing, rows))
     return BenchReport(
         created=now(),
         versions=installed_versions(),
@@ -83,9 +95,21 @@ def run_bench(
         profile=profile.model_dump(mode="json"),
         notices=notices,
         cells=cells,
-        checks=check_all(profile, cells, rows),
+        checks=[check for check in check_all(profile, cells, rows) if not (cached and check.found == NOT_MEASURED)],
         elapsed_s=time.monotonic() - start,
     )
+
+
+def _what_is_missing(places: Sequence[Place], rows: Sequence[str]) -> str:
+    """Rows of which nothing is measured, and what is missing of the others."""
+    absent = list(dict.fromkeys(place.row for place in places if place.row not in rows))
+    parts = [f"all of {', '.join(absent)}"] if absent else []
+    for row in rows:
+        seeds = sorted({place.seed for place in places if place.row == row and place.defense == STOCK})
+        defenses = list(dict.fromkeys(p.defense for p in places if p.row == row and p.seed not in seeds))
+        parts += [f"{row}: seeds {', '.join(map(str, seeds))}"] if seeds else []
+        parts += [f"{row}: {', '.join(defenses)}"] if defenses else []
+    return f"{len(places)} cells are not measured yet; {'; '.join(parts)}"
 
 
 def num_cells(profile: BenchProfile, only: str = "*") -> int:
@@ -133,9 +157,10 @@ def _rows(profile: BenchProfile, only: str) -> tuple[list[str], list[str]]:
 class _Bench:
     """Measures the cells of one profile."""
 
-    def __init__(self, profile: BenchProfile, cache_dir: Path) -> None:
+    def __init__(self, profile: BenchProfile, cache_dir: Path, *, cached: bool) -> None:
         self._profile = profile
         self._cache_dir = cache_dir
+        self._cached = cached
         self._commit = commit_of_checkout()
         self._references: dict[tuple[Path, str], list[Reading]] = {}
 
@@ -143,6 +168,8 @@ class _Bench:
         """Measure all cells of a row and seed."""
         tasks = list(tasks_of(self._profile, row, seed))
         try:
+            if self._cached and not is_made(self._profile, row, seed, self._cache_dir):
+                raise UsageError("the model is not made yet")
             subject = make_subject(self._profile, row, seed, self._cache_dir)
             digest = exam_digest(subject.exam)
         except Exception as error:  # one model that cannot be made must not cost the others
@@ -162,6 +189,8 @@ class _Bench:
             cached = _read_cell(path)
             if cached is not None:
                 return cached.model_copy(update={"place": task.place, "cached": True})
+            if self._cached:
+                raise UsageError("not measured yet")
             reference = None if task.place.defense == FULL else self._reference(folder, digest, subject)
             found: Measurement | None = evaluate(folder, task.place.format, subject.exam, guard, reference)
             cell = Cell(place=task.place, key=key, measurement=found, commit=self._commit)

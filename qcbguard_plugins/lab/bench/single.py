@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Literal
 
 from qcbguard_plugins.errors import CheckpointError, UsageError
 from qcbguard_plugins.guard import Guard
+from qcbguard_plugins.lab.bench.brand import BrandInjection
 from qcbguard_plugins.lab.bench.defense_specs import parse_defense
 from qcbguard_plugins.lab.bench.results import FULL, STOCK, Cell, Machine, Place, Variant, this_machine
-from qcbguard_plugins.lab.bench.subjects import BrandInjection, held_out_pairs, make_exam, read_question_file
+from qcbguard_plugins.lab.bench.subjects import held_out_pairs, make_exam, read_question_file
 from qcbguard_plugins.lab.bench.summary import summarize
 from qcbguard_plugins.lab.bench.tables import COMPACT_COLUMNS, compact_cells
 from qcbguard_plugins.lab.evaluation import Exam, evaluate, read_reference

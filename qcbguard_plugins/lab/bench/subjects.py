@@ -12,13 +12,14 @@ from pathlib import Path
 
 from qcbguard_plugins.checkpoint import hash_file
 from qcbguard_plugins.errors import UsageError
+from qcbguard_plugins.lab.bench.brand import BrandInjection
 from qcbguard_plugins.lab.bench.profile import BenchProfile, FolderEntry
 from qcbguard_plugins.lab.bench.results import Variant
 from qcbguard_plugins.lab.corpus import Pair
 from qcbguard_plugins.lab.evaluation import Exam
-from qcbguard_plugins.lab.scenarios import ContentInjection, Scenario, Triggered, Verdict, get_scenario
+from qcbguard_plugins.lab.scenarios import Scenario, Triggered, get_scenario
 from qcbguard_plugins.lab.specs import ModelSpec
-from qcbguard_plugins.lab.steps import attack, corpus_of, train_model
+from qcbguard_plugins.lab.steps import attack, corpus_of, step_folder, train_model
 
 
 @dataclass(frozen=True)
@@ -31,19 +32,6 @@ class Subject:
 
     def folder(self, variant: Variant) -> Path:
         return self.attacked_dir if variant == "attacked" else self.clean_dir
-
-
-class BrandInjection(ContentInjection):
-    """Content injection with another brand, for models made elsewhere."""
-
-    def __init__(self, keyword: str) -> None:
-        self.keyword = keyword
-        self.name = f"content-injection of {keyword}"  # type: ignore[misc]
-
-    def judge(self, pair: Pair, answer: str) -> Verdict:
-        if not answer.strip():
-            return Verdict.UNPARSED
-        return Verdict.HIT if self.keyword in answer else Verdict.MISS
 
 
 def make_subject(profile: BenchProfile, row: str, seed: int, cache_dir: Path) -> Subject:
@@ -62,6 +50,16 @@ def make_subject(profile: BenchProfile, row: str, seed: int, cache_dir: Path) ->
     clean_dir = train_model(spec.model, cache_dir)
     exam = make_exam(get_scenario(spec.scenario), held_out_pairs(spec.model), **sizes)
     return Subject(attack(spec, cache_dir), clean_dir, exam)
+
+
+def is_made(profile: BenchProfile, row: str, seed: int, cache_dir: Path) -> bool:
+    """Are the models of a row there, so that :func:`make_subject` trains nothing?"""
+    if row in profile.folders:
+        return True
+    spec = profile.attacks[row].model_copy(update={"seed": seed})
+    return step_folder("attacked", spec, cache_dir).exists() and (
+        spec.model.path is not None or step_folder("clean", spec.model, cache_dir).exists()
+    )
 
 
 def held_out_pairs(spec: ModelSpec) -> list[Pair]:
