@@ -195,7 +195,7 @@ class _Job:
         if moved.any():
             scale = torch.cat([choice.blocks.scale for choice in choices])
             units = self.guarded[rows].view(-1, self.unit)
-            parts = moved.nonzero().squeeze(1).split(max(1, _WEIGHTS_PER_RUN // self.unit))
+            parts = torch.tensor_split(moved.nonzero().squeeze(1), torch.get_num_threads())
             map_over_threads(lambda pending: self._settle(units, stored, scale, pending), parts)
         return choices, map_over_threads(count, list(zip(runs, choices, strict=True)))
 

@@ -94,7 +94,8 @@ class NumbaKernels:
         size = grid.block_type.sub_block_size
         landed: int = landing.count_landed(
             size, *_levels(grid), _each(stored.codes, size), _flat(stored.scale), _flat(stored.offset),
-            _each(chosen.codes, size), _flat(chosen.scale), _flat(chosen.offset), np.float32(grid.levels.diff().min() / 2),
+            _each(chosen.codes, size), _flat(chosen.scale), _flat(chosen.offset),
+            np.float32(grid.levels.diff().min() / 2),
         )  # fmt: skip
         return landed
 
