@@ -42,7 +42,7 @@ def test_with_an_importance_matrix_too(name: str) -> None:
     weight, importance = normal(64, 512), normal(512, seed=3, std=1.0).abs() ** 3
     grid = gguf_grid(name, importance=importance)
     guarded = guard_weight(weight, grid, get_defense("stochastic"), seed=0, name="w")
-    assert guarded.num_landed >= (0.98 if name.startswith("IQ4") else 0.99) * weight.numel()
+    assert guarded.num_landed >= 0.99 * weight.numel()
     stored = BLOCK_TYPES[name].read(load_library().quantize(BLOCK_TYPES[name], guarded.weight, importance))
     assert torch.equal(stored.codes.view(64, 512), guarded.codes)
 
