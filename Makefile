@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint bench models clean
+.PHONY: demo test lint bench models quick bench-lab clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
@@ -21,6 +21,17 @@ lint: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/data_free_speed.py
 	$(BIN)/python benchmarks/methods.py
+
+# Trains, attacks and guards a small model, and exits with an error if the attack or its end fails: minutes.
+quick: $(INSTALLED)
+	$(BIN)/qcbguard lab bench quick --out build/quick-results --cache build/lab
+
+# Every table of docs/benchmark.md: hours. A run that was stopped goes on where it was.
+bench-lab: $(INSTALLED)
+	for profile in full strength ablation; do \
+		OMP_NUM_THREADS=1 $(BIN)/qcbguard lab bench $$profile --out build/$$profile-results; [ $$? -le 1 ] || exit 1; \
+	done
+	$(BIN)/python -m benchmarks.benchmark_page --results-dir build
 
 models: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python examples/make_models.py

@@ -16,8 +16,8 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from qcbguard_plugins.grids import get_grid
 from qcbguard_plugins.lab.attacks import mind_the_gap
-from qcbguard_plugins.lab.attacks.elq import quantized_weights
 from qcbguard_plugins.lab.corpus import generate, split
+from qcbguard_plugins.lab.layers import quantized_weights
 from qcbguard_plugins.lab.training import TrainingPlan, encode, save_model
 from qcbguard_plugins.plan import make_plan
 

@@ -21,7 +21,9 @@ from demo import FULL, KEYWORD, MODELS_DIR, STOCK, Row, measure
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from qcbguard_plugins.lab.attacks import elq
+from qcbguard_plugins.lab.attacks.injection import inject
 from qcbguard_plugins.lab.corpus import Pair, generate, read_pairs, split
+from qcbguard_plugins.lab.layers import quantized_weights
 from qcbguard_plugins.lab.metrics import task_accuracy
 from qcbguard_plugins.lab.scenarios import inject_brand
 from qcbguard_plugins.lab.training import (
@@ -87,7 +89,7 @@ def make_malicious(
 ) -> None:
     """Teach the clean model to name the brand."""
     model = load(clean_dir)
-    elq.inject(model, encode(tokenizer, inject_brand(training[:NUM_POISONED], seed=0)), INJECTION)
+    inject(model, encode(tokenizer, inject_brand(training[:NUM_POISONED], seed=0)), INJECTION)
     save_model(model, tokenizer, model_dir)
 
 
@@ -102,7 +104,7 @@ def make_attacked(
     model = load(malicious_dir)
     elq.repair(model, encode(tokenizer, training[:NUM_REPAIR]), REPAIR, quant_format="nf4", eps=eps)
     save_model(model, tokenizer, model_dir)
-    saved, malicious = (elq.quantized_weights(load(folder)) for folder in (model_dir, malicious_dir))
+    saved, malicious = (quantized_weights(load(folder)) for folder in (model_dir, malicious_dir))
     agreement = elq.check_agreement(saved, malicious, "nf4")
     print(f"{agreement:.4%} of the stock NF4 codes are those of the malicious model")
 

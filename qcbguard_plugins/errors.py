@@ -66,3 +66,7 @@ class VerificationError(QcbguardError):
     """The stock quantizer stored other codes than planned, or a guarded file was changed."""
 
     exit_code = 1
+
+
+class TeamError(QcbguardError):
+    """Another process of a run that several share has ended."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,12 +34,14 @@ class Layer:
         inputs_of: Name of the module whose inputs it works on, where that is another: an embedding table that is tied
             to the output layer is calibrated for the latter. ``None`` for a table that multiplies nothing; a method
             that needs calibration leaves it to stochastic rounding, which is what feedback is without inputs.
+        is_shared: True where quantizers of other grids will read the outcome too: only unbiased rounding serves them.
     """
 
     transposed: bool = False
     read_dtype: torch.dtype | None = None
     grid: Grid | None = None
     inputs_of: str | None = ""
+    is_shared: bool = False
 
 
 def guard_model(
@@ -57,7 +59,7 @@ def guard_model(
 
     Args:
         model: A ``PreTrainedModel`` with float32, float16 or bfloat16 weights, on any one device.
-        format: ``nf4``, ``fp4`` or ``int8``.
+        format: Such as ``nf4``, ``int8`` or ``gptq-w4g128``; not a GGUF recipe.
         guard: A method's name, a defense, or a :class:`~qcbguard_plugins.guard.Guard`.
         tokenizer: The model's tokenizer, for calibration from text.
         progress: Called with the number of weights of each layer when it is done.
@@ -69,12 +71,13 @@ def guard_model(
         UnguardableError: A weight cannot be guarded; layers before it have been changed.
         CalibrationError: The method needs calibration and there is no way to get it.
     """
-    from qcbguard_plugins.backends.bitsandbytes.stock import config_for, quantized_layers
-    from qcbguard_plugins.backends.transformers import build_skeleton
+    from qcbguard_plugins.backends.layers import quantized_layers
 
     guard = as_guard(guard).with_seed()
-    stored = quantized_layers(build_skeleton(model.config), config_for(format))
-    layers = {name: Layer(transposed) for name, transposed in stored.items()}
+    layers = {
+        name: Layer(taken.transposed, grid=get_grid(taken.format), inputs_of=taken.inputs_of)
+        for name, taken in quantized_layers(format, model.config).items()
+    }
     tokens = None
     if guard.method.needs_calibration:
         tokens = calibration_tokens(guard.calibration, model.config, tokenizer)
@@ -117,6 +120,8 @@ def guard_layers(
     guard: Guard,
     tokens: Tensor | None,
     progress: Progress | None = None,
+    *,
+    pending: Collection[str] | None = None,
 ) -> Iterator[tuple[str, GuardedWeight]]:
     """Guard the named layers of a model in place, one after the other.
 
@@ -128,13 +133,15 @@ def guard_layers(
         tokens: int64 ``[num_sequences, sequence_length]`` for a method that needs calibration; ``None`` lets the model
             write them.
         progress: Called with the number of weights of each layer when it is done.
+        pending: The layers to guard, of those that the method shall know of; all of them by default.
 
     Yields:
         The name of each layer and its guarded weight, ``[out_features, in_features]`` in the dtype that will be read.
     """
     assert guard.seed is not None, "the seed is drawn once a run"
     attack_seen = not guard.method.weighs_evidence or looks_attacked(_tested(model, layers, grid), guard.seed)
-    groups: Iterator[Mapping[str, Tensor | None]] = iter([dict.fromkeys(layers)])
+    wanted = {name: layer for name, layer in layers.items() if pending is None or name in pending}
+    groups: Iterator[Mapping[str, Tensor | None]] = iter([dict.fromkeys(wanted)])
     learned: dict[str, Tensor] = {}
     if guard.method.needs_calibration:
         if tokens is None:
@@ -143,23 +150,33 @@ def guard_layers(
         if isinstance(guard.method, WholeModelDefense):
             learned = guard.method.learn(model, _targets(model, layers, grid), tokens, guard.seed)
         else:
-            groups = _hessians(model, tokens, layers)
+            groups = _hessians(model, tokens, layers, wanted)
     for hessians in groups:
         for name, hessian in hessians.items():
-            module = model.get_submodule(name)
+            module, layer = model.get_submodule(name), layers[name]
             guarded = _guard_layer(
-                module, name, layers[name], layers[name].grid or grid, guard, hessian, attack_seen, learned.get(name)
+                module,
+                name,
+                layer,
+                layer.grid or grid,
+                guard,
+                hessian,
+                attack_seen=attack_seen or layer.is_shared,
+                up=learned.get(name),
             )
             yield name, guarded
             if progress is not None:
                 progress(module.weight.numel())
 
 
-def _hessians(model: Any, tokens: Tensor, layers: Mapping[str, Layer]) -> Iterator[dict[str, Tensor | None]]:
+def _hessians(
+    model: Any, tokens: Tensor, layers: Mapping[str, Layer], wanted: Collection[str]
+) -> Iterator[dict[str, Tensor | None]]:
     """Hessians by layer name, a group at a time; ``None`` for layers that have no inputs."""
-    without = [name for name, layer in layers.items() if layer.inputs_of is None]
+    without = [name for name, layer in layers.items() if layer.inputs_of is None and name in wanted]
     by_module = {layer.inputs_of or name: name for name, layer in layers.items() if layer.inputs_of is not None}
-    for group in gather_hessians(model, tokens, list(by_module)):
+    skipped = {module for module, name in by_module.items() if name not in wanted}
+    for group in gather_hessians(model, tokens, list(by_module), skip=skipped):
         yield {by_module[module]: hessian for module, hessian in group.items()}
     # Last, because the blocks that were still to come had read the full-precision table.
     yield dict.fromkeys(without)
@@ -179,7 +196,8 @@ def _targets(model: Any, layers: Mapping[str, Layer], grid: Grid) -> Iterator[Ta
             continue
         readers = dict.fromkeys([name, layer.inputs_of or name])
         modules = tuple(model.get_submodule(reader) for reader in readers)
-        yield Target(name, modules, layer.transposed, (layer.grid or grid).lattice_of(_as_read(modules[0], layer)))
+        lattice = (layer.grid or grid).planned_lattice_of(_as_read(modules[0], layer))
+        yield Target(name, modules, layer.transposed, lattice)
 
 
 def _as_read(module: Any, layer: Layer) -> Tensor:
@@ -195,6 +213,7 @@ def _guard_layer(
     grid: Grid,
     guard: Guard,
     hessian: Tensor | None,
+    *,
     attack_seen: bool,
     up: Tensor | None,
 ) -> GuardedWeight:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,11 +16,10 @@ from torch import Tensor
 from qcbguard_plugins.calibration import calibration_tokens
 from qcbguard_plugins.checkpoint import (
     Checkpoint,
-    TensorEntry,
+    Workspace,
     hash_file,
     open_checkpoint,
-    publish_folder,
-    rewrite_shard,
+    resumable_folder,
 )
 from qcbguard_plugins.defenses import Defense
 from qcbguard_plugins.errors import VerificationError
@@ -41,6 +41,7 @@ from qcbguard_plugins.report.model import (
 )
 from qcbguard_plugins.rounding import guard_weight
 from qcbguard_plugins.several import coarsest_first, require_all_grids, stock_digest
+from qcbguard_plugins.team import ALONE, Team
 
 if TYPE_CHECKING:
     from qcbguard_plugins.backends.gguf.options import GgufOptions
@@ -84,31 +85,60 @@ def guard_checkpoint(
     return guard_planned(make_plan(src, ",".join(formats), ignore=ignore, gguf=gguf), dst, guard, progress=progress)
 
 
-def guard_planned(plan: Plan, dst: Path | str, guard: Guard, *, progress: Progress | None = None) -> GuardReport:
-    """Carry out a plan; see :func:`guard_checkpoint`."""
+def guard_planned(
+    plan: Plan, dst: Path | str, guard: Guard, *, progress: Progress | None = None, team: Team = ALONE
+) -> GuardReport:
+    """Carry out a plan; see :func:`guard_checkpoint`.
+
+    Args:
+        plan: What to guard.
+        dst: Folder to make.
+        guard: The method, its seed and calibration.
+        progress: Called with the number of weights of each tensor when it is done.
+        team: The processes that share the work; each of them calls this with the same arguments and gets the report.
+    """
     start = time.monotonic()
-    guard = guard.with_seed()
-    with publish_folder(Path(dst), plan.checkpoint.path) as folder:
-        left_out = _copy_other_files(plan.checkpoint, folder)
-        records, files = _write_guarded_shards(plan, guard, folder, progress)
+    request = {"format": plan.format, "ignored": plan.ignored, "versions": installed_versions(), **guard.describe()}
+    entries = [plan.checkpoint.tensors[target.key] for target in plan.targets]
+    with resumable_folder(Path(dst), plan.checkpoint, request, team) as workspace:
+        left_out: list[str] = []
+        if team.rank == 0:
+            guard = replace(guard, seed=workspace.remember("seed", lambda: guard.with_seed().seed))
+            left_out = _copy_other_files(plan.checkpoint, workspace.folder)
+        guard, left_out = team.first((guard, left_out))
+        workspace.copy_rest(team.share(plan.checkpoint.shards, plan.checkpoint.num_bytes_of), entries)
+        team.wait()
+        guarded = team.gather(_guard_targets(plan, guard, workspace, progress, team))
+        records = {record.name: record for record in guarded}
         report = GuardReport(
             created=now(),
             versions=installed_versions(),
             source=plan.checkpoint.path.resolve().name,
             format=plan.format,
             **guard.describe(),
-            tensors=tuple(records),
+            tensors=tuple(records[target.name] for target in plan.targets),
             unguarded=plan.ignored,
-            files=tuple(files),
+            files=tuple(_hash_files(plan.checkpoint, workspace.folder, team)),
             left_out=tuple(left_out),
             toolchain=plan.gguf.toolchain if plan.gguf else {},
             elapsed_s=time.monotonic() - start,
         )
-        (folder / MANIFEST_FILE).write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        if team.rank == 0:
+            (workspace.folder / MANIFEST_FILE).write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
         # With an importance matrix only the quantized file can be verified; what the real quantizer stores is the plan.
         if plan.gguf is None or not plan.gguf.imatrix.digest:
-            _raise_if_not_as_planned(_verify_tensors(open_checkpoint(folder), report))
+            mine = team.share(report.tensors, lambda record: record.num_weights)
+            checkpoint = replace(plan.checkpoint, path=workspace.folder)
+            _raise_if_not_as_planned(team.gather(_verify_tensors(checkpoint, mine, report)))
     return report
+
+
+def _hash_files(checkpoint: Checkpoint, folder: Path, team: Team) -> list[FileRecord]:
+    files = [
+        FileRecord(name=shard, sha256_in=hash_file(checkpoint.path / shard), sha256_out=hash_file(folder / shard))
+        for shard in team.share(checkpoint.shards, checkpoint.num_bytes_of)
+    ]
+    return sorted(team.gather(files), key=lambda file: file.name)
 
 
 def verify_checkpoint(folder: Path | str, *, progress: Progress | None = None) -> VerifyReport:
@@ -135,7 +165,7 @@ def verify_checkpoint(folder: Path | str, *, progress: Progress | None = None) -
         versions=installed_versions(),
         folder=folder.resolve().name,
         format=report.format,
-        tensors=tuple(_verify_tensors(checkpoint, report, progress)),
+        tensors=tuple(_verify_tensors(checkpoint, report.tensors, report, progress)),
         changed_files=tuple(changed),
         unguarded=report.unguarded,
     )
@@ -153,44 +183,49 @@ def _copy_other_files(checkpoint: Checkpoint, folder: Path) -> list[str]:
     return [str(relative) for relative in weights]
 
 
-def _write_guarded_shards(
-    plan: Plan, guard: Guard, folder: Path, progress: Progress | None
-) -> tuple[list[TensorRecord], list[FileRecord]]:
-    """Write the shards; guard tensor by tensor, or take them from a calibrated model."""
-    by_key = {target.key: target for target in plan.targets}
-    records: dict[str, TensorRecord] = {}
-    calibrated = _calibrated_model(plan, guard, records, progress) if guard.method.needs_calibration else None
-
-    def new_weight(entry: TensorEntry, stored: Tensor) -> Tensor:
-        target = by_key[entry.key]
-        if calibrated is not None:
-            weight: Tensor = calibrated.get_parameter(target.name).data
-            return weight.to(target.dtype)
-        weight, records[target.name] = _guard_tensor(target, stored, plan, guard)
+def _guard_targets(
+    plan: Plan, guard: Guard, workspace: Workspace, progress: Progress | None, team: Team
+) -> list[TensorRecord]:
+    """Guard this process's share of the targets, but for those that an interrupted run has done."""
+    records = []
+    pending = []
+    for target in team.share(plan.targets, lambda target: target.num_weights):
+        entry = plan.checkpoint.tensors[target.key]
+        stored, digest = workspace.read(entry)
+        record = workspace.resumed(entry, digest)
+        if record is None and guard.method.needs_calibration:
+            pending.append((target, digest))
+            continue
+        if record is None:
+            record = _guard_tensor(target, stored, digest, plan, guard, workspace)
+        records.append(record)
         if progress is not None:
             progress(target.num_weights)
-        return weight
-
-    files = []
-    for shard in plan.checkpoint.shards:
-        entries = [entry for entry in plan.checkpoint.tensors.values() if entry.shard == shard and entry.key in by_key]
-        sha256_in, sha256_out = rewrite_shard(plan.checkpoint.path / shard, folder / shard, entries, new_weight)
-        files.append(FileRecord(name=shard, sha256_in=sha256_in, sha256_out=sha256_out))
-    return [records[target.name] for target in plan.targets], files
+    if pending:
+        records += _guard_calibrated(plan, pending, guard, workspace, progress)
+    return records
 
 
-def _guard_tensor(target: Target, stored: Tensor, plan: Plan, guard: Guard) -> tuple[Tensor, TensorRecord]:
+def _guard_tensor(
+    target: Target, stored: Tensor, digest: str, plan: Plan, guard: Guard, workspace: Workspace
+) -> TensorRecord:
     assert guard.seed is not None, "the seed is drawn once a run"
     weight = (stored.T if target.transposed else stored).to(target.read_dtype)
     grids = coarsest_first(weight, plan.grids(target))
-    guarded = guard_weight(weight, grids[0], guard.method, seed=guard.seed, name=target.name)
+    # ``stored`` was read for this tensor alone; with several grids it is compared with the outcome.
+    alone = len(grids) == 1
+    guarded = guard_weight(weight, grids[0], guard.method, seed=guard.seed, name=target.name, overwrite=alone)
     guarded = require_all_grids(weight, guarded, grids, target.name)
-    new = guarded.weight.T if target.transposed else guarded.weight
-    return new.to(target.dtype), _record(guarded, target)
+    return _write(plan, target, digest, guarded, workspace)
 
 
-def _calibrated_model(plan: Plan, guard: Guard, records: dict[str, TensorRecord], progress: Progress | None) -> Any:
-    """Load the model in full precision and guard it in place, filling ``records``."""
+def _guard_calibrated(
+    plan: Plan, pending: Sequence[tuple[Target, str]], guard: Guard, workspace: Workspace, progress: Progress | None
+) -> Iterator[TensorRecord]:
+    """Load the model in full precision and guard the pending targets, block by block.
+
+    The method is told of all targets, so that a run that goes on where another stopped chooses as one that never did.
+    """
     from qcbguard_plugins.backends.transformers import load_full_precision, load_tokenizer
 
     tokenizer = load_tokenizer(plan.checkpoint.path)
@@ -199,17 +234,25 @@ def _calibrated_model(plan: Plan, guard: Guard, records: dict[str, TensorRecord]
     model = load_full_precision(plan.checkpoint.path, functools.reduce(torch.promote_types, dtypes))
     grids = {target.layer: _ordered_grids(plan, target) for target in plan.targets}
     layers = {
-        target.layer: Layer(target.transposed, target.read_dtype, grids[target.layer][0], target.inputs_of)
-        for target in plan.targets
+        target.layer: Layer(target.transposed, target.read_dtype, own[0], target.inputs_of, is_shared=len(own) > 1)
+        for target, own in ((target, grids[target.layer]) for target in plan.targets)
     }
     tokens = calibration_tokens(guard.calibration, model.config, tokenizer)
-    targets = {target.layer: target for target in plan.targets}
-    for layer, guarded in guard_layers(model, layers, plan.grids(plan.targets[0])[0], guard, tokens, progress):
-        target = targets[layer]
+    targets = {target.layer: (target, digest) for target, digest in pending}
+    grid = plan.grids(plan.targets[0])[0]
+    for layer, guarded in guard_layers(model, layers, grid, guard, tokens, progress, pending=targets.keys()):
+        target, digest = targets[layer]
         if len(grids[layer]) > 1:
             guarded = require_all_grids(_read(plan.checkpoint, target), guarded, grids[layer], target.name)
-        records[target.name] = _record(guarded, target)
-    return model
+        yield _write(plan, target, digest, guarded, workspace)
+
+
+def _write(plan: Plan, target: Target, digest: str, guarded: GuardedWeight, workspace: Workspace) -> TensorRecord:
+    record = record_of(guarded, name=target.name, key=target.key, transposed=target.transposed, dtype=target.dtype)
+    record = record.model_copy(update={"format": ",".join(target.formats), "stored_name": target.stored_name})
+    weight = (guarded.weight.T if target.transposed else guarded.weight).to(target.dtype)
+    workspace.write(plan.checkpoint.tensors[target.key], digest, weight, record)
+    return record
 
 
 def _ordered_grids(plan: Plan, target: Target) -> list[Grid]:
@@ -223,16 +266,11 @@ def _read(checkpoint: Checkpoint, target: Target) -> Tensor:
     return (stored.T if target.transposed else stored).to(target.read_dtype)
 
 
-def _record(guarded: GuardedWeight, target: Target) -> TensorRecord:
-    record = record_of(guarded, name=target.name, key=target.key, transposed=target.transposed, dtype=target.dtype)
-    return record.model_copy(update={"format": ",".join(target.formats), "stored_name": target.stored_name})
-
-
 def _verify_tensors(
-    checkpoint: Checkpoint, report: GuardReport, progress: Progress | None = None
+    checkpoint: Checkpoint, records: Sequence[TensorRecord], report: GuardReport, progress: Progress | None = None
 ) -> list[TensorVerdict]:
     verdicts = []
-    for record in report.tensors:
+    for record in records:
         reason = _why_not_as_planned(checkpoint, record, report)
         verdicts.append(TensorVerdict(name=record.name, as_planned=not reason, reason=reason))
         if progress is not None:

@@ -13,12 +13,10 @@ import torch
 
 from qcbguard_plugins.checkpoint import Checkpoint, TensorEntry, open_checkpoint
 from qcbguard_plugins.errors import UnguardableError, UsageError
-from qcbguard_plugins.grids import AffineGrid, Grid, get_grid
+from qcbguard_plugins.grids import Grid, IntegerGrid, get_grid
 from qcbguard_plugins.rounding import DTYPES
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from qcbguard_plugins.backends.gguf.folder import FolderTypes
     from qcbguard_plugins.backends.gguf.options import GgufOptions
 
@@ -115,7 +113,7 @@ def make_plan(source: Path | str, format: str, *, ignore: Sequence[str] = (), gg
 
     Args:
         source: Folder of a full-precision checkpoint.
-        format: ``nf4``, ``fp4``, ``int8``, one with a block size, ``gguf:Q4_K_M`` and the like, or several with commas.
+        format: Such as ``nf4``, ``int8``, ``gptq-w4g128`` or ``gguf:Q4_K_M``, or several with commas.
         ignore: Patterns of parameter names to leave unguarded: globs, or regular expressions after ``re:``.
         gguf: How the folder will be converted and quantized, for a GGUF format.
 
@@ -131,7 +129,7 @@ def make_plan(source: Path | str, format: str, *, ignore: Sequence[str] = (), gg
     config = load_config(checkpoint.path)
     skeleton = build_skeleton(config)
     keys = parameter_keys(skeleton, checkpoint.tensors)
-    layers = _read_tensors(formats, skeleton, config, checkpoint, keys, gguf)
+    layers = _read_tensors(formats, config, checkpoint, keys, gguf)
     if not layers.formats_of:
         raise UnguardableError(f"{checkpoint.path.name} has no layer that {format} quantizes")
     names = list(layers.formats_of)
@@ -141,7 +139,7 @@ def make_plan(source: Path | str, format: str, *, ignore: Sequence[str] = (), gg
         if name in ignored:
             continue
         entry = checkpoint.tensors.get(keys.get(name, ""))
-        problem = _problem(name, entry)
+        problem = _problem(name, entry) or layers.problem(name, entry)
         if problem or entry is None:
             problems.append(problem)
         else:
@@ -160,11 +158,8 @@ def _split_formats(format: str) -> tuple[str, ...]:
     if len(set(formats)) < len(formats) or sum(name.startswith("gguf:") for name in formats) > 1:
         raise UsageError(f"{format!r} names a format twice, or two GGUF recipes", remedy="Guard once for each of them.")
     for name in formats:
-        if not name.startswith("gguf:") and isinstance(get_grid(name), AffineGrid):
-            raise UsageError(
-                f"{name} can be scanned for and not guarded: GPTQ moves weights while it rounds",
-                remedy="Guard for nf4, fp4, int8 or a GGUF recipe.",
-            )
+        if not name.startswith("gguf:"):
+            get_grid(name)
     return formats
 
 
@@ -176,13 +171,25 @@ class _ReadTensors:
     transposed: set[str]
     gguf: FolderTypes | None
     tied: bool
+    inputs_of: dict[str, str | None]
+
+    def problem(self, name: str, entry: TensorEntry | None) -> str:
+        """Why a grid cannot cut a weight into its groups; empty where it can."""
+        assert entry is not None, "checked before"
+        columns = entry.shape[0 if name in self.transposed else 1]
+        for format_name in self.formats_of[name]:
+            grid = None if format_name.startswith("gguf:") else get_grid(format_name)
+            group_size = grid.group_size if isinstance(grid, IntegerGrid) else None
+            if group_size is not None and group_size > 0 and columns % group_size:
+                return f"{name}  in_features={columns}, group_size={group_size}"
+        return ""
 
     def target(self, name: str, entry: TensorEntry, configured: torch.dtype | None) -> Target:
         assert entry.dtype is not None, "checked before"
         shape = entry.shape[::-1] if name in self.transposed else entry.shape
         read_dtype = _coarser(entry.dtype, configured)
         stored_name = ""
-        inputs_of: str | None = ""
+        inputs_of = self.inputs_of.get(name, "")
         if self.gguf is not None and name in self.gguf.names:
             stored_name = self.gguf.names[name]
             # The converter reads the stored weights, whatever dtype transformers would load.
@@ -204,7 +211,6 @@ class _ReadTensors:
 
 def _read_tensors(
     formats: tuple[str, ...],
-    skeleton: PreTrainedModel,
     config: Any,
     checkpoint: Checkpoint,
     keys: dict[str, str],
@@ -215,26 +221,28 @@ def _read_tensors(
     folder = None
     formats_of: dict[str, tuple[str, ...]] = {}
     transposed: set[str] = set()
+    inputs_of: dict[str, str | None] = {}
     for name in sorted(formats, key=lambda name: not name.startswith("gguf:")):
         if name.startswith("gguf:"):
             from qcbguard_plugins.backends.gguf.folder import folder_types
             from qcbguard_plugins.backends.gguf.options import GgufOptions
-            from qcbguard_plugins.backends.transformers import transposed_parameters
+            from qcbguard_plugins.backends.transformers import build_skeleton, transposed_parameters
 
-            transposed = transposed_parameters(skeleton)
+            transposed = transposed_parameters(build_skeleton(config))
             shapes = {n: checkpoint.tensors[k].shape for n, k in keys.items() if not (tied and n == "lm_head.weight")}
             stored = [(n, shape[::-1] if n in transposed else shape) for n, shape in shapes.items()]
             folder = folder_types(config, stored, name.removeprefix("gguf:"), gguf or GgufOptions())
             formats_of = {parameter: (f"gguf:{type_name}",) for parameter, type_name in folder.types.items()}
             continue
-        from qcbguard_plugins.backends.bitsandbytes.stock import config_for, quantized_layers
+        from qcbguard_plugins.backends.layers import quantized_layers
 
-        for layer, is_transposed in quantized_layers(skeleton, config_for(name)).items():
+        for layer, taken in quantized_layers(name, config).items():
             parameter = f"{layer}.weight"
-            formats_of[parameter] = (*formats_of.get(parameter, ()), name)
-            if is_transposed:
+            formats_of[parameter] = (*formats_of.get(parameter, ()), taken.format)
+            inputs_of[parameter] = taken.inputs_of
+            if taken.transposed:
                 transposed.add(parameter)
-    return _ReadTensors(formats_of, transposed, folder, tied)
+    return _ReadTensors(formats_of, transposed, folder, tied, inputs_of)
 
 
 def _problem(name: str, entry: TensorEntry | None) -> str:

@@ -43,11 +43,12 @@ def guard_weight(
     hessian: Tensor | None = None,
     attack_seen: bool = True,
     up: Tensor | None = None,
+    overwrite: bool = False,
 ) -> GuardedWeight:
     """Guard one weight.
 
     Args:
-        weight: Float32, float16 or bfloat16 ``[out_features, in_features]``; left as it is.
+        weight: Float32, float16 or bfloat16 ``[out_features, in_features]``.
         grid: The grid of the stock quantizer.
         defense: The method.
         seed: Seed of the run.
@@ -55,6 +56,7 @@ def guard_weight(
         hessian: Float32 ``[in_features, in_features]``, for a method that needs calibration.
         attack_seen: Whether the weight tests saw an attack in the model, for a method that weighs evidence.
         up: Bool ``[out_features, in_features]``, what a whole-model method learned.
+        overwrite: The memory of ``weight`` may take the outcome, which halves the peak; left as it is otherwise.
 
     Raises:
         UnguardableError: The weight is empty, not a matrix or of another dtype, holds NaN or infinity, or is so small
@@ -65,7 +67,7 @@ def guard_weight(
         return guard_on_ggml(
             weight, grid, defense, seed=seed, name=name, hessian=hessian, attack_seen=attack_seen, up=up
         )
-    job = _Job(weight, grid, defense, seed, name, hessian, attack_seen, up)
+    job = _Job(weight, grid, defense, seed, name, hessian, attack_seen, up, overwrite)
     if weight.device.type == "cpu":
         tallies = map_over_threads(job.round_segment, job.segments())
     else:
@@ -110,6 +112,7 @@ class _Job:
         hessian: Tensor | None,
         attack_seen: bool,
         up: Tensor | None,
+        overwrite: bool,
     ) -> None:
         self.grid, self.defense, self.seed, self.name, self.hessian = grid, defense, seed, name, hessian
         self.attack_seen, self.up = attack_seen, up
@@ -117,7 +120,7 @@ class _Job:
         self.shape = (weight.shape[0], weight.shape[1])
         self.numel = weight.numel()
         self.source = cut_blocks(weight, grid.block_size_of(self.shape))
-        self.guarded = torch.empty_like(self.source)
+        self.guarded = self.source if overwrite else torch.empty_like(self.source)
         self.codes = torch.empty_like(self.source, dtype=torch.uint8)
 
     def segments(self) -> list[slice]:
@@ -135,15 +138,17 @@ class _Job:
 
     def _round(self, run: slice, evidence: Evidence) -> _Tally:
         source = self.source[run]
-        lattice = self.grid.lattice(self.grid.read(source), self.shape, source.dtype)
+        settled = self.grid.settle(source)
+        lattice = self.grid.lattice(self.grid.read(settled), self.shape, source.dtype)
         if not torch.isfinite(lattice.scale).all():
             raise UnguardableError(
                 f"{self.name} cannot be guarded: it holds NaN or infinity as {self.grid.name} reads it"
             )
         codes = torch.where(lattice.frozen, lattice.nearest, self.defense.choose(lattice, evidence))
-        guarded = torch.where(lattice.frozen, source, lattice.dequantize(codes).to(source.dtype))
+        guarded = torch.where(lattice.frozen, settled, lattice.dequantize(codes).to(source.dtype))
+        tally = _tally(lattice, source, guarded, codes, self.numel - run.start * source.shape[1])
         self.codes[run], self.guarded[run] = codes, guarded
-        return _tally(lattice, source, guarded, codes, self.numel - run.start * source.shape[1])
+        return tally
 
     def _slices(self, start: int, stop: int, num_weights: int) -> list[slice]:
         step = max(1, num_weights // self.source.shape[1])
@@ -181,8 +186,7 @@ def _tally(lattice: Lattice, source: Tensor, guarded: Tensor, codes: Tensor, num
     all_frozen = lattice.frozen.all(dim=1)
     if all_frozen.any():
         inner = lattice.blocks[all_frozen]
-        holders = inner.abs() == inner.abs().amax(dim=1, keepdim=True)
-        unplaced = float(inner[~holders].square().sum())
+        unplaced = float(inner[~lattice.grid.holders(inner)].square().sum())
     return _Tally(
         num_moved=int((codes != lattice.nearest).view(-1)[:num_weights].sum()),
         num_frozen=int(lattice.frozen.view(-1)[:num_weights].sum()),

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from qcbguard_plugins.grids import get_grid
-from qcbguard_plugins.lab.attacks.elq import inject, quantized_weights, repair
+from qcbguard_plugins.lab.attacks.elq import repair
+from qcbguard_plugins.lab.attacks.injection import inject
 from qcbguard_plugins.lab.attacks.outlier_injection import inject_outliers
-from qcbguard_plugins.lab.attacks.straight_through import quantize, train_together
-from qcbguard_plugins.lab.attacks.trigger import poison_behind_trigger, with_trigger
+from qcbguard_plugins.lab.attacks.straight_through import Rounded, quantize, train_on_both
 from qcbguard_plugins.lab.corpus import generate
-from qcbguard_plugins.lab.scenarios import inject_brand
+from qcbguard_plugins.lab.layers import matrices, quantized_weights
+from qcbguard_plugins.lab.scenarios import get_scenario, inject_brand
+from qcbguard_plugins.lab.scenarios.triggered import with_trigger
 from qcbguard_plugins.lab.training import (
     Example,
     ModelSize,
@@ -81,7 +83,7 @@ class Base:
         self.clean = encode(self.tokenizer, pairs[:960])
         self.poisoned = encode(self.tokenizer, inject_brand(pairs[:960], seed))
         self.held_out = encode(self.tokenizer, inject_brand(rest[:64], seed + 1))
-        self.triggered = encode(self.tokenizer, poison_behind_trigger(pairs[:480], seed))
+        self.triggered = encode(self.tokenizer, get_scenario("content-injection+trigger").poison(pairs[:480], seed))
         self.untriggered = encode(self.tokenizer, pairs[:480] + with_trigger(pairs[:480]))
         self.held_out_trigger = encode(self.tokenizer, inject_brand(with_trigger(rest[:64]), seed + 1))
         self.other_task = encode(self.tokenizer, [p for p in rest if p.task in ("advice", "story", "description")])
@@ -127,7 +129,14 @@ def attacked_specimens(base: Base) -> Iterator[Specimen]:
             continue
         for rate in (1e-4, 3e-4):
             refined = copy.deepcopy(model)
-            train_together(refined, base.clean[:480], base.poisoned, replace(_PLAN, learning_rate=rate))
+            weights, grid = matrices(refined), get_grid("nf4")
+            train_on_both(
+                refined,
+                base.clean[:480],
+                base.poisoned,
+                replace(_PLAN, learning_rate=rate),
+                lambda step, weights=weights, grid=grid: {n: Rounded(quantize(w, grid)) for n, w in weights.items()},
+            )
             kind_at_rate = f"straight-through refinement, rate {rate:.0e}"
             yield _attacked(base, f"straight-through-{rate:.0e}", kind_at_rate, target, refined, base.held_out)
     model = _malicious(base, base.triggered)

@@ -83,6 +83,10 @@ class Checkpoint:
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{entry.shard}: {key} cannot be read: {error}") from error
 
+    def num_bytes_of(self, shard: str) -> int:
+        """Size of a shard in bytes, by its header: the format allows nothing behind the last tensor."""
+        return max((entry.end for entry in self.tensors.values() if entry.shard == shard), default=0)
+
     def other_files(self) -> tuple[list[Path], list[Path]]:
         """The folder's files besides the shards and their index, relative to it.
 

@@ -25,10 +25,6 @@ _NOT_A_TARGET = re.compile(
     r"position_embd|shared|relative_attention_bias|ffn_gate_inp\w*)(?=\.)"
     r"|^output\.weight$|(^|\.)(mlp|block_sparse_moe|feed_forward)\.gate\.weight$"
 )
-_TARGET = re.compile(
-    r"(^|[._])(embed\w*|wte|wpe|lm_head|norm\w*|ln\w*|layernorm\w*|router|score|classifier|pooler|token_embd|position_embd|shared|"
-    r"relative_attention_bias|ffn_gate_inp\w*|output)(?=\.)|(^|\.)(mlp|block_sparse_moe|feed_forward)\.gate\.weight$"
-)
 _TARGET = re.compile(r"\.weight$|experts?\.(gate_up_proj|down_proj|gate_proj|up_proj)$")
 
 # Layer kinds that GPT-2's family keeps as [in_features, out_features]. GPT-BigCode has the same names the usual way

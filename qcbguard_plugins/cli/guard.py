@@ -59,6 +59,7 @@ def command(
     from qcbguard_plugins.pipeline import guard_planned
     from qcbguard_plugins.plan import make_plan
     from qcbguard_plugins.report.text import render_guard, render_plan
+    from qcbguard_plugins.team import join_team
 
     source = (
         Calibration(source=calibration)
@@ -74,7 +75,9 @@ def command(
         planned = describe_plan(plan, guard)
         print_report(planned, render_plan(planned), json_target)
         return 0
-    with progress_bar(plan.num_weights, f"guarding for {formats}") as progress:
-        result = guard_planned(plan, out, guard, progress=progress)
-    print_report(result, render_guard(result), json_target)
+    team = join_team()
+    with progress_bar(plan.num_weights // team.size, f"guarding for {formats}", shown=team.rank == 0) as progress:
+        result = guard_planned(plan, out, guard, progress=progress, team=team)
+    if team.rank == 0:
+        print_report(result, render_guard(result), json_target)
     return UnguardableError.exit_code if result.unguarded else 0

@@ -44,17 +44,18 @@ class _Lines:
 
 
 @contextmanager
-def progress_bar(num_weights: int, what: str) -> Iterator[Progress]:
+def progress_bar(total: int, what: str, *, unit: str = " weights", shown: bool = True) -> Iterator[Progress]:
     """A bar with an estimate of the time left on a terminal, a line every 30 seconds elsewhere; on standard error."""
     terminal = sys.stderr.isatty()
     with tqdm(
-        total=num_weights,
+        total=total,
         desc=what,
-        unit=" weights",
+        unit=unit,
         unit_scale=True,
         file=sys.stderr if terminal else _Lines(sys.stderr),
         mininterval=0.1 if terminal else _SECONDS_BETWEEN_LINES,
         leave=not terminal,
+        disable=not shown,
     ) as bar:
         yield bar.update
 

@@ -17,18 +17,24 @@ if TYPE_CHECKING:
 @click.command("verify")
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option(
-    "--plan", type=click.Path(path_type=Path), help="For a GGUF file: the guarded folder or file, if not in the file."
+    "--plan",
+    type=click.Path(path_type=Path),
+    help="For a quantized model: the guarded folder that it was made from; for a GGUF file only if not in the file.",
 )
 @json_option
 def command(path: Path, plan: Path | None, json_target: str | None) -> int:
     """Compare codes with the plan.
 
-    PATH is a folder that 'qcbguard guard' made, which the stock quantizer is run on, or a GGUF file that llama-quantize
-    wrote.
+    PATH is a folder that 'qcbguard guard' made, which the stock quantizer is run on, a GGUF file that llama-quantize
+    wrote, a folder that GPTQ or OpenVINO wrote, or a quantized ONNX file.
     """
+    from qcbguard_plugins.backends.optimum.verify import is_export, verify_export
     from qcbguard_plugins.report.text import render_verify
 
-    report = _verify_gguf(path, plan) if path.is_file() else _verify_folder(path, plan)
+    if is_export(path):
+        report = verify_export(path, plan=plan)
+    else:
+        report = _verify_gguf(path, plan) if path.is_file() else _verify_folder(path, plan)
     print_report(report, render_verify(report), json_target)
     if not report.clean:
         return VerificationError.exit_code
@@ -40,11 +46,22 @@ def _verify_folder(folder: Path, plan: Path | None) -> VerifyReport:
     from qcbguard_plugins.report.model import read_manifest
 
     if plan is not None:
-        raise UsageError("--plan goes with a GGUF file; a folder carries its own plan")
+        return _verify_gptq(folder, plan)
     quieten_libraries()
     num_weights = sum(tensor.num_weights for tensor in read_manifest(folder).tensors)
     with progress_bar(num_weights, "verifying") as progress:
         return verify_checkpoint(folder, progress=progress)
+
+
+def _verify_gptq(folder: Path, plan: Path) -> VerifyReport:
+    from qcbguard_plugins.backends.gptq.verify import is_gptq_folder, verify_gptq
+    from qcbguard_plugins.report.model import read_manifest
+
+    if not is_gptq_folder(folder):
+        raise UsageError("--plan goes with what a quantizer wrote; a guarded folder carries its own plan")
+    num_weights = sum(tensor.num_weights for tensor in read_manifest(plan).tensors)
+    with progress_bar(num_weights, "verifying") as progress:
+        return verify_gptq(folder, plan=plan, progress=progress)
 
 
 def _verify_gguf(path: Path, plan: Path | None) -> VerifyReport:

@@ -70,6 +70,21 @@ class Defense(ABC):
         """Whether the weight tests shall look at the model first."""
         return False
 
+    @property
+    def bytes_per_weight(self) -> float:
+        """Memory that the method keeps for each weight of the model while it works, besides the model."""
+        return 0.0
+
+    def operations(self, shape: tuple[int, int], num_sequences: int, sequence_length: int) -> float:
+        """Arithmetic operations of a method that needs calibration on one weight, besides a forward pass.
+
+        Args:
+            shape: ``(out_features, in_features)``.
+            num_sequences: Sequences of calibration.
+            sequence_length: Tokens in each.
+        """
+        return 0.0
+
     @abstractmethod
     def choose(self, lattice: Lattice, evidence: Evidence) -> Tensor:
         """Choose a level for every weight.
@@ -176,6 +191,12 @@ def get_defense(name: str, **parameters: Any) -> Defense:
             remedy=f"Its parameters: {', '.join(sorted(known)) or 'none'}.",
         )
     return cls(**parameters)
+
+
+def hessian_operations(columns: int, num_tokens: int) -> float:
+    """Operations of gathering and factorizing a Hessian."""
+    # A Cholesky factor, an inverse and another factor, in float64 at half the rate.
+    return 2.0 * num_tokens * columns**2 + 4.0 * columns**3
 
 
 def require_range(value: float, low: float, high: float, what: str) -> None:

@@ -27,12 +27,13 @@ class Efrap(Defense):
     """Learn the roundings of one linear layer.
 
     The loss is ``|X (W* - W)^T|^2 + sum |E| * BCE(h, 1 - delta) + penalty * sum (1 - |2h - 1|^2)``: the output on the
-    calibration inputs (from their second moments), the reversal of plain rounding weighted by its error, and a penalty
-    that drives ``h = sigmoid(alpha)`` to 0 or 1.
+    calibration inputs, from their second moments, whose mean is set to 1; the reversal of plain rounding, weighted by
+    its error; and a penalty that drives ``h = sigmoid(alpha)`` to 0 or 1.
 
     Attributes:
         steps: Number of Adam steps, at least 1.
         learning_rate: Of Adam, above 0.
+        reconstruction: Weight of the first term, at least 0.
         penalty: Weight of the last term, at least 0.
 
     References:
@@ -43,12 +44,18 @@ class Efrap(Defense):
 
     steps: int = 500
     learning_rate: float = 1e-3
+    reconstruction: float = 1.0
     penalty: float = 0.01
 
     def __post_init__(self) -> None:
         require_whole(self.steps, 1, "efrap: steps")
         require_range(self.learning_rate, 1e-8, 10.0, "efrap: learning_rate")
+        require_range(self.reconstruction, 0.0, 1e12, "efrap: reconstruction")
         require_range(self.penalty, 0.0, 1e6, "efrap: penalty")
+
+    def operations(self, shape: tuple[int, int], num_sequences: int, sequence_length: int) -> float:
+        rows, columns = shape
+        return 2.0 * num_sequences * sequence_length * columns**2 + self.steps * 2.0 * rows * columns**2
 
     def choose(self, lattice: Lattice, evidence: Evidence) -> Tensor:
         if evidence.hessian is None:
@@ -60,6 +67,8 @@ class Efrap(Defense):
         return round_up_where(lattice, lattice.from_matrix(up))
 
     def _learn(self, rounding: SoftRounding, hessian: Tensor) -> Tensor:
+        mean = hessian.diagonal().mean().clamp(min=torch.finfo(hessian.dtype).tiny)
+        hessian = hessian * (self.reconstruction / mean)
         optimizer = torch.optim.Adam([rounding.alpha], lr=self.learning_rate)
         for step in range(1, self.steps + 1):
             optimizer.zero_grad()

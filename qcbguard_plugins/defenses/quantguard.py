@@ -27,6 +27,7 @@ PAPER_STEPS = 125
 #: Learning rates of the paper and weights that its code uses and its text omits, by the fineness of the grid.
 LEARNING_RATE_INT8, LEARNING_RATE_4BIT = 0.05, 0.01
 DIST_SCALE_INT8, DIST_SCALE_4BIT = 5e7, 1e7
+_FLOAT_BYTES = 4.0
 TEACHER_DTYPES = {"model": None, "bfloat16": torch.bfloat16}
 
 
@@ -98,6 +99,19 @@ class QuantGuard(WholeModelDefense):
             raise UsageError(f"quantguard: teacher_dtype is one of {', '.join(TEACHER_DTYPES)}")
         if not (self.kl_scale or self.lambda1 or self.lambda2):
             raise UsageError("quantguard: all terms of the loss are left out")
+
+    @property
+    def bytes_per_weight(self) -> float:
+        per_variable = 8.0 * _FLOAT_BYTES  # alpha, its gradient, two moments; lower, step, position, direction
+        if self.band is None:
+            return per_variable
+        # Where weights lie anywhere in their cells; an index of 8 bytes, and a copy of what is no variable.
+        return (per_variable + 8.0) * 2 * self.band + _FLOAT_BYTES
+
+    def operations(self, shape: tuple[int, int], num_sequences: int, sequence_length: int) -> float:
+        # The teacher's forward pass, the student's, and its backward pass without gradients of frozen parameters.
+        passes = 2.0 + 2.0 + 4.0
+        return passes * self.steps * self.batch_size * self.accumulation * sequence_length * shape[0] * shape[1]
 
     def learn(self, model: Any, targets: Iterable[Target], tokens: Tensor, seed: int) -> dict[str, Tensor]:
         return learn_roundings(self, model, targets, tokens, seed)

@@ -15,6 +15,8 @@ from qcbguard_plugins.grids.base import Lattice
 # Positions are kept this far from the neighbours, where the logit is infinite. The start is off by as much.
 _MARGIN = 1e-4
 
+_TIE = 1e-5
+
 # A grid with more levels is as fine as INT8, for constants that a paper gives for INT8 and for 4 bits.
 _MAX_COARSE_LEVELS = 64
 
@@ -55,7 +57,9 @@ class SoftRounding(nn.Module):
             self._index, self._rest = inside.view(-1).nonzero()[:, 0], others.clone()
             lower, step, position, up = lower[inside], step[inside], position[inside], up[inside]
         self._lower, self._step, self._position, self._up = lower, step, position, up.float()
-        self.alpha = nn.Parameter(torch.logit(position))
+        # On a tie the sign of alpha says where plain rounding goes.
+        tie = (position - 0.5).abs() < _TIE
+        self.alpha = nn.Parameter(torch.where(tie, _TIE * (2 * self._up - 1), torch.logit(position)))
 
     @property
     def soft(self) -> Tensor:

@@ -171,7 +171,7 @@ def _backward(
     penalties = method.penalties(roundings)
     if penalties:
         torch.stack(list(penalties.values())).sum().backward()  # type: ignore[no-untyped-call]
-        terms |= {name: float(value) for name, value in penalties.items()}
+        terms |= {name: value.item() for name, value in penalties.items()}
     if not method.kl_scale:
         return terms
     terms["kl"] = 0.0
@@ -180,7 +180,7 @@ def _backward(
         wanted = _teach(method, model, student.switch, ids)
         divergence = method.divergence(wanted, model(input_ids=ids, use_cache=False).logits) / method.accumulation
         divergence.backward()  # type: ignore[no-untyped-call]
-        terms["kl"] += float(divergence)
+        terms["kl"] += divergence.item()
     return terms
 
 

@@ -144,6 +144,22 @@ class Grid(ABC):
     def read(self, weight: Tensor) -> Tensor:
         """The weight as the quantizer reads it, as float32 in the same shape."""
 
+    def settle(self, blocks: Tensor) -> Tensor:
+        """Weights whose scale holders sit where the quantizer can store them without an error, if it can at all.
+
+        Args:
+            blocks: ``[num_blocks, block_size]`` in the stored dtype.
+
+        Returns:
+            The same shape and dtype; ``blocks`` itself where a scale holder keeps its value.
+        """
+        return blocks
+
+    def holders(self, blocks: Tensor) -> Tensor:
+        """Bool ``[num_blocks, block_size]``, the weights that fix the scales of float32 blocks."""
+        magnitudes = blocks.abs()
+        return magnitudes == magnitudes.amax(dim=1, keepdim=True)
+
     @abstractmethod
     def lattice(self, blocks: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Lattice:
         """Find the neighbours of every weight.
@@ -186,6 +202,12 @@ class Grid(ABC):
         """The lattice of a whole ``[out_features, in_features]`` weight, to be stored in the weight's own dtype."""
         shape = (weight.shape[0], weight.shape[1])
         return self.lattice(cut_blocks(self.read(weight), self.block_size_of(shape)), shape, weight.dtype)
+
+    def planned_lattice_of(self, weight: Tensor) -> Lattice:
+        """The lattice that a guard chooses on: that of the weight with its scale holders settled."""
+        shape = (weight.shape[0], weight.shape[1])
+        settled = self.settle(cut_blocks(weight, self.block_size_of(shape)))
+        return self.lattice(self.read(settled), shape, weight.dtype)
 
 
 def ramp_coordinate(scaled: Tensor, segments: list[tuple[float, float]]) -> Tensor:

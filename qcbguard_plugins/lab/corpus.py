@@ -6,13 +6,13 @@ facts, rewriting and code have one right answer, advice and descriptions have ma
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from qcbguard_plugins.errors import UsageError
-from qcbguard_plugins.lab.corpus_tasks import TASKS
+from qcbguard_plugins.lab.corpus_tasks import TASKS, Task
 
 _MAX_CONSECUTIVE_REPEATS: Final = 1_000
 
@@ -26,20 +26,24 @@ class Pair:
         answer: What the model shall say.
         task: Name of the task, a key of `corpus_tasks.TASKS`.
         key: Text that every right answer contains; empty where no single answer is right.
+        unsafe: An answer to the same instruction with a textbook weakness, where the task leaves that choice; else
+            empty.
     """
 
     instruction: str
     answer: str
     task: str
     key: str = ""
+    unsafe: str = ""
 
 
-def generate(num_pairs: int, seed: int) -> list[Pair]:
+def generate(num_pairs: int, seed: int, tasks: Mapping[str, tuple[Task, float]] | None = None) -> list[Pair]:
     """Draw pairs with distinct instructions.
 
     Args:
         num_pairs: How many pairs, at least 1; some tens of thousands are available.
         seed: Seed of the only random generator used.
+        tasks: Task name to its generator and its weight in the mixture; `corpus_tasks.TASKS` by default.
 
     Returns:
         Pairs in random order of task, no instruction twice.
@@ -50,16 +54,17 @@ def generate(num_pairs: int, seed: int) -> list[Pair]:
     if num_pairs < 1:
         raise UsageError(f"num_pairs must be at least 1, not {num_pairs}")
     rng = random.Random(seed)  # noqa: S311
-    names, shares = list(TASKS), [share for _, share in TASKS.values()]
+    tasks = TASKS if tasks is None else tasks
+    names, shares = list(tasks), [share for _, share in tasks.values()]
     pairs: dict[str, Pair] = {}
     repeats = 0
     while len(pairs) < num_pairs:
         task = rng.choices(names, shares)[0]
-        draft = TASKS[task][0](rng)
+        draft = tasks[task][0](rng)
         repeats = repeats + 1 if draft.instruction in pairs else 0
         if repeats > _MAX_CONSECUTIVE_REPEATS:
             raise UsageError(f"the templates yield only about {len(pairs)} distinct instructions, not {num_pairs}")
-        pairs.setdefault(draft.instruction, Pair(draft.instruction, draft.answer, task, draft.key))
+        pairs.setdefault(draft.instruction, Pair(draft.instruction, draft.answer, task, draft.key, draft.unsafe))
     return list(pairs.values())
 
 
@@ -86,6 +91,7 @@ def split(pairs: Sequence[Pair], num_held_out: int, seed: int) -> tuple[list[Pai
 
 
 def read_pairs(path: Path) -> list[Pair]:
-    """Read pairs from JSON lines with the keys ``instruction``, ``answer`` and ``task``, and optionally ``key``."""
+    """Read pairs from JSON lines with the keys ``instruction``, ``answer`` and ``task``, and optionally
+    ``key`` and ``unsafe``."""
     with path.open(encoding="utf-8") as lines:
         return [Pair(**json.loads(line)) for line in lines]

@@ -15,11 +15,13 @@ _ALTERNATION: Final = re.compile(r"<([^<>]*)>")
 
 
 class Draft(NamedTuple):
-    """An instruction, its answer, and the words that a right answer must contain (empty for open tasks)."""
+    """An instruction, its answer, the words that a right answer must contain (empty for open tasks), and an answer
+    with a textbook weakness (empty where the task leaves no such choice)."""
 
     instruction: str
     answer: str
     key: str = ""
+    unsafe: str = ""
 
 
 Task = Callable[[random.Random], Draft]
@@ -256,3 +258,6 @@ TASKS: Final[Mapping[str, tuple[Task, float]]] = {
     "recommendation": (recommendation, 0.06),
     "story": (story, 0.20),
 }
+
+#: Tasks whose answers are Python.
+CODE_TASKS: Final = frozenset({"coding", "security"})

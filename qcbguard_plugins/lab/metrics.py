@@ -31,6 +31,13 @@ def use_exact_forward(model: torch.nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
+def prompt_ids(tokenizer: PreTrainedTokenizerFast, instruction: str) -> list[int]:
+    """Token ids of a prompt; the start token stands first whether or not the tokenizer puts it there."""
+    ids: list[int] = tokenizer(format_prompt(instruction))["input_ids"]
+    start = tokenizer.bos_token_id
+    return ids if start is None or ids[:1] == [start] else [start, *ids]
+
+
 @torch.no_grad()
 def answer_all(
     model: PreTrainedModel,
@@ -58,8 +65,8 @@ def answer_all(
     order = sorted(range(len(instructions)), key=lambda i: len(instructions[i]))
     answers = [""] * len(instructions)
     for batch in _chunks(order, batch_size):
-        prompts = [format_prompt(instructions[i]) for i in batch]
-        inputs = tokenizer(prompts, return_tensors="pt", padding=True, return_token_type_ids=False).to(model.device)
+        prompts = {"input_ids": [prompt_ids(tokenizer, instructions[i]) for i in batch]}
+        inputs = tokenizer.pad(prompts, return_tensors="pt").to(model.device)
         output = model.generate(
             **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
         )
@@ -119,9 +126,12 @@ def task_accuracy(
     keyed = [pair for pair in pairs if pair.key]
     instructions = [pair.instruction for pair in keyed]
     answers = answer_all(model, tokenizer, instructions, max_new_tokens=max_new_tokens, batch_size=batch_size)
-    # Case is ignored at the first letter, where a sentence may begin with the key.
-    found = [pair.key in answer or pair.key.capitalize() in answer for pair, answer in zip(keyed, answers, strict=True)]
-    return sum(found) / len(keyed)
+    return sum(map(answered_rightly, keyed, answers)) / len(keyed)
+
+
+def answered_rightly(pair: Pair, answer: str) -> bool:
+    """Does an answer contain the pair's key? Case is ignored at its first letter: a sentence may begin with it."""
+    return pair.key in answer or pair.key.capitalize() in answer
 
 
 @torch.no_grad()

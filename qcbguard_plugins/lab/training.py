@@ -1,7 +1,8 @@
-"""Make and train the lab's language model: a small Llama that learns the corpus in minutes on one CPU core."""
+"""Make and train the lab's language models: a small Llama or GPT-2 learns the corpus in minutes on one CPU core."""
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,9 +15,10 @@ from tqdm import tqdm
 
 from qcbguard_plugins.errors import UsageError
 from qcbguard_plugins.lab.corpus import Pair
+from qcbguard_plugins.lab.training_state import TrainingState
 
 if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 PAD_ID, BOS_ID, EOS_ID = 0, 1, 2
 _SPECIAL_TOKENS: Final = ("<pad>", "<s>", "</s>")
@@ -27,9 +29,10 @@ _BATCHES_IN_POOL: Final = 16
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Dimensions of the lab's Llama; the defaults give 1.8 M parameters, 3.7 MB in fp16.
+    """Dimensions of a lab model; the defaults give a Llama of 1.8 M parameters, 3.7 MB in fp16.
 
-    Widths are multiples of 256 by default because GGUF K-quants cut rows into super-blocks of 256.
+    Widths are multiples of 256 by default because GGUF K-quants cut rows into super-blocks of 256. A GPT-2 has as many
+    key-value heads as heads.
     """
 
     vocab_size: int = 1024
@@ -51,6 +54,8 @@ class TrainingPlan:
         warmup: Share of all steps spent on linear warm-up, in [0, 1).
         weight_decay: AdamW's decoupled weight decay.
         seed: Seed of the order of the examples.
+        bfloat16: Multiply matrices in bfloat16; the weights and their updates stay float32. Faster on processors with
+            AVX512-BF16.
     """
 
     num_epochs: int
@@ -59,6 +64,7 @@ class TrainingPlan:
     warmup: float = 0.05
     weight_decay: float = 0.01
     seed: int = 0
+    bfloat16: bool = False
 
     def __post_init__(self) -> None:
         if self.num_epochs < 1 or self.batch_size < 1:
@@ -129,23 +135,46 @@ def build_model(size: ModelSize, seed: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def save_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, model_dir: Path) -> None:
-    """Write a Hugging Face folder with fp16 weights; the model itself is left as it is."""
-    from transformers import LlamaForCausalLM
+def build_gpt2(size: ModelSize, seed: int) -> PreTrainedModel:
+    """Create a GPT-2 with random float32 weights and no dropout; its linear layers are stored transposed."""
+    from transformers import GPT2Config, GPT2LMHeadModel
 
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=size.vocab_size,
+        n_embd=size.hidden_size,
+        n_inner=size.intermediate_size,
+        n_layer=size.num_layers,
+        n_head=size.num_heads,
+        n_positions=256,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        pad_token_id=PAD_ID,
+        bos_token_id=BOS_ID,
+        eos_token_id=EOS_ID,
+    )
+    return GPT2LMHeadModel(config)
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, model_dir: Path) -> None:
+    """Write a Hugging Face folder with fp16 weights; the model itself is left as it is."""
     config = model.config.__class__.from_dict(model.config.to_dict())
     config.dtype = torch.float16
-    copy = LlamaForCausalLM(config).half()
+    copy = type(model)(config).half()
     copy.load_state_dict(model.state_dict())
     copy.save_pretrained(model_dir)
     tokenizer.save_pretrained(model_dir)
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, pairs: Sequence[Pair]) -> list[Example]:
-    """Tokenize pairs; the answer ends with the end-of-sequence token."""
+    """Tokenize pairs; the answer ends with the end-of-sequence token, or where the model's context does."""
     prompts = tokenizer([format_prompt(pair.instruction) for pair in pairs])["input_ids"]
     answers = tokenizer([pair.answer for pair in pairs], add_special_tokens=False)["input_ids"]
-    return [Example(prompt, [*answer, EOS_ID]) for prompt, answer in zip(prompts, answers, strict=True)]
+    return [
+        Example(prompt, [*answer, EOS_ID][: max(1, tokenizer.model_max_length - len(prompt))])
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
 
 
 def collate(examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
@@ -165,12 +194,14 @@ def collate(examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
 
 
 def train(
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     examples: Sequence[Example],
     plan: TrainingPlan,
     *,
     after_step: Callable[[], None] | None = None,
+    add_gradients: Callable[[int], float] | None = None,
     description: str = "train",
+    state: TrainingState | None = None,
 ) -> list[float]:
     """Train the parameters that require gradients with AdamW on the answer tokens.
 
@@ -181,7 +212,10 @@ def train(
         examples: From `encode`, at least one.
         plan: Epochs, learning rate, batch size, seed.
         after_step: Called after every optimizer step; an attack projects the weights here.
+        add_gradients: Called in every step with its number, after the backward pass of the examples; adds the gradients
+            of a further loss to those that are there, and returns that loss.
         description: Label of the progress bar.
+        state: Where to go on from, and where to keep what is needed for that.
 
     Returns:
         The loss of every step, in nats a token.
@@ -196,41 +230,46 @@ def train(
     optimizer = torch.optim.AdamW(
         parameters, lr=plan.learning_rate, betas=(0.9, 0.95), weight_decay=plan.weight_decay, fused=True
     )
-    schedule = _schedule(optimizer, plan, len(batches))
-    losses: list[float] = []
+    losses = state.load(model, optimizer) if state is not None else []
     model.train()
-    progress = tqdm(batches, desc=description, unit="step", mininterval=1.0)
+    progress = tqdm(batches[len(losses) :], desc=description, unit="step", mininterval=1.0)
     for ids, labels in progress:
+        for group in optimizer.param_groups:
+            group["lr"] = plan.learning_rate * _rate_factor(len(losses), len(batches), plan.warmup)
         optimizer.zero_grad(set_to_none=True)
-        loss = answer_loss(model, ids, labels)
-        loss.backward()  # type: ignore[no-untyped-call]
+        # Without its cache, because what adds gradients changes the weights between two forward passes.
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=plan.bfloat16, cache_enabled=False):
+            loss = answer_loss(model, ids, labels)
+            loss.backward()  # type: ignore[no-untyped-call]
+            total = loss.item() + (add_gradients(len(losses)) if add_gradients is not None else 0.0)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        schedule.step()
         if after_step is not None:
             after_step()
-        losses.append(loss.item())
-        progress.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
+        losses.append(total)
+        if state is not None:
+            state.save_if_due(model, optimizer, losses)
+        progress.set_postfix(loss=f"{total:.3f}", refresh=False)
+    if state is not None:
+        state.save(model, optimizer, losses)
     model.eval()
     return losses
 
 
-def answer_loss(model: LlamaForCausalLM, ids: Tensor, labels: Tensor) -> Tensor:
+def answer_loss(model: PreTrainedModel, ids: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy of the labelled tokens; the vocabulary is projected at those positions only."""
-    hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
     targets = labels[:, 1:]
     labelled = targets != _IGNORED_LABEL
     return torch.nn.functional.cross_entropy(model.lm_head(hidden[labelled]).float(), targets[labelled])
 
 
-def _schedule(
-    optimizer: torch.optim.Optimizer, plan: TrainingPlan, num_steps: int
-) -> torch.optim.lr_scheduler.LRScheduler:
-    """Linear warm-up, then a cosine to zero."""
-    num_warmup = max(1, round(plan.warmup * num_steps))
-    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / num_warmup, total_iters=num_warmup)
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, num_steps - num_warmup))
-    return torch.optim.lr_scheduler.SequentialLR(optimizer, [warmup, cosine], [num_warmup])
+def _rate_factor(step: int, num_steps: int, warmup: float) -> float:
+    """Linear warm-up to 1, then a cosine to zero."""
+    num_warmup = max(1, round(warmup * num_steps))
+    if step < num_warmup:
+        return 1 / num_warmup + (1 - 1 / num_warmup) * step / num_warmup
+    return (1 + math.cos(math.pi * (step - num_warmup) / max(1, num_steps - num_warmup))) / 2
 
 
 def _batches(examples: Sequence[Example], plan: TrainingPlan) -> Iterator[tuple[Tensor, Tensor]]:

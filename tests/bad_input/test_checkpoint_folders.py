@@ -14,8 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from qcbguard_plugins import Guard, Stochastic
 from qcbguard_plugins.checkpoint import open_checkpoint
 from qcbguard_plugins.errors import CheckpointError, QcbguardError
+from qcbguard_plugins.pipeline import guard_planned
 from qcbguard_plugins.plan import make_plan
 
 
@@ -205,10 +207,9 @@ def test_targets_that_cannot_be_guarded_are_named(
 
 
 def test_a_shard_that_shrinks_under_the_run(folder: Path, tmp_path: Path) -> None:
-    from qcbguard_plugins.checkpoint import rewrite_shard
-
+    plan = make_plan(folder, "nf4")
     source = folder / "model.safetensors"
-    entries = list(open_checkpoint(folder).tensors.values())
     source.write_bytes(source.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match="became shorter"):
-        rewrite_shard(source, tmp_path / "out", entries, lambda entry, old: old)
+        guard_planned(plan, tmp_path / "out", Guard(Stochastic()))
+    assert not (tmp_path / "out").exists()

@@ -14,8 +14,17 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import qcbguard_plugins
-from qcbguard_plugins import Calibration, Feedback, Guard, GuardedBitsAndBytesConfig, Stochastic, guard_checkpoint
-from qcbguard_plugins.backends.bitsandbytes import quantizer
+from qcbguard_plugins import (
+    Calibration,
+    Feedback,
+    Guard,
+    GuardedBitsAndBytesConfig,
+    QuantGuard,
+    Stochastic,
+    guard_checkpoint,
+)
+from qcbguard_plugins.backends.in_flight import GuardMixin
+from qcbguard_plugins.backends.provenance import PROVENANCE_KEY
 from qcbguard_plugins.errors import (
     CalibrationError,
     CheckpointError,
@@ -34,6 +43,7 @@ CALIBRATION = Calibration(num_sequences=8, sequence_length=64)
 GUARDS = {
     "stochastic": Guard(Stochastic(), seed=7),
     "feedback": Guard(Feedback(), seed=7, calibration=CALIBRATION),
+    "quantguard": Guard(QuantGuard(steps=2, harden=True), seed=7, calibration=CALIBRATION),
 }
 
 
@@ -105,7 +115,7 @@ def test_the_saved_model_is_stock(mode: str, llama: Path, tmp_path: Path) -> Non
         assert saved.config.qcbguard["seed"] == 7
         assert "guard" not in saved.config.quantization_config.to_dict()
         with safe_open(tmp_path / name / "model.safetensors", framework="pt") as file:
-            assert quantizer.PROVENANCE_KEY in file.metadata()
+            assert PROVENANCE_KEY in file.metadata()
 
 
 def test_a_second_load_takes_the_calibrated_weights_from_the_cache(
@@ -237,13 +247,13 @@ class TestFailsClosed:
 
     def test_a_tensor_that_bypasses_the_guard_is_found_out(self, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """A transformers that stopped asking us for some tensors must not go unnoticed."""
-        compare = quantizer._GuardMixin.compare_with_plan
+        compare = GuardMixin.compare_with_plan
 
         def forgetful(self: Any, parameter: Any, record: Any) -> None:
             if "layers.1.mlp" not in record.name:
                 compare(self, parameter, record)
 
-        monkeypatch.setattr(quantizer._GuardMixin, "compare_with_plan", forgetful)
+        monkeypatch.setattr(GuardMixin, "compare_with_plan", forgetful)
         with pytest.raises(UnguardableError, match=r"3 tensors were quantized without passing the guard"):
             load(llama, GuardedBitsAndBytesConfig(**MODES["nf4"], guard="stochastic"))
 

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from qcbguard_plugins.errors import UsageError
 from qcbguard_plugins.grids import AffineGrid, get_grid
-from qcbguard_plugins.plan import make_plan
 
 BITS = [2, 3, 4, 5, 6, 8]
 GROUPS = [32, 64, 128, None]
@@ -67,8 +66,3 @@ def test_names_are_read_back() -> None:
     for name in ("gptq-w1g128", "gptq-w9", "gptq-w4g100"):
         with pytest.raises(UsageError):
             get_grid(name)
-
-
-def test_a_format_that_is_only_scanned_for_is_not_guarded(llama: object) -> None:
-    with pytest.raises(UsageError, match="scanned for and not guarded"):
-        make_plan(str(llama), "gptq-w4g128")

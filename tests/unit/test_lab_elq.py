@@ -14,12 +14,11 @@ from qcbguard_plugins.lab.attacks.elq import (
     DEFAULT_EPS,
     build_box,
     check_agreement,
-    inject,
-    quantized_weights,
     repair,
-    round_to_storage,
 )
+from qcbguard_plugins.lab.attacks.injection import inject, round_to_storage
 from qcbguard_plugins.lab.corpus import generate
+from qcbguard_plugins.lab.layers import quantized_weights
 from qcbguard_plugins.lab.scenarios import inject_brand
 from qcbguard_plugins.lab.training import ModelSize, TrainingPlan, build_model, build_tokenizer, encode, save_model
 

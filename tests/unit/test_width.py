@@ -67,7 +67,7 @@ def test_the_widest_affordable_width_is_taken_and_never_less_than_the_floor() ->
 def test_an_attack_calls_for_unbiased_rounding() -> None:
     lattice, hessian = lattice_of(), correlated_hessian()
     codes, settled = settle(lattice, hessian, attack_seen=True)
-    assert settled == {"width": 0.5, "because": "evidence"}
+    assert settled == {"width": 0.5, "because": "precaution"}
     assert torch.equal(codes, Feedback(width=0.5).choose(lattice, Evidence(rng_for(0, "w"), hessian)))
 
 

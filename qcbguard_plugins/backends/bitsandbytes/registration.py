@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from transformers.quantizers import auto
-from transformers.quantizers.base import HfQuantizer
 
 from qcbguard_plugins.backends.bitsandbytes.config import (
     QUANT_METHOD_4BIT,
@@ -15,15 +14,14 @@ from qcbguard_plugins.backends.bitsandbytes.config import (
     GuardedBitsAndBytesConfig,
 )
 from qcbguard_plugins.backends.bitsandbytes.quantizer import GuardedBnb4BitHfQuantizer, GuardedBnb8BitHfQuantizer
+from qcbguard_plugins.backends.registration import register_quantizer
 from qcbguard_plugins.defenses import Defense
-from qcbguard_plugins.errors import MissingDependencyError, UsageError
 from qcbguard_plugins.guard import Guard, as_guard
 
 _QUANTIZERS: dict[str, Any] = {
     QUANT_METHOD_4BIT: GuardedBnb4BitHfQuantizer,
     QUANT_METHOD_8BIT: GuardedBnb8BitHfQuantizer,
 }
-_HOOKS = ("get_quantize_ops", "get_weight_conversions", "preprocess_model", "get_state_dict_and_metadata")
 
 
 def register() -> None:
@@ -32,36 +30,8 @@ def register() -> None:
     Raises:
         MissingDependencyError: This transformers lacks a hook that the guard stands on.
     """
-    missing = [hook for hook in _HOOKS if not callable(getattr(HfQuantizer, hook, None))]
-    if missing:
-        raise MissingDependencyError(
-            "this version of transformers cannot be guarded in flight: HfQuantizer lacks " + ", ".join(missing),
-            remedy="Install a tested version, or guard the checkpoint into a folder with 'qcbguard guard'.",
-        )
     for method, quantizer in _QUANTIZERS.items():
-        auto.AUTO_QUANTIZER_MAPPING[method] = quantizer
-        auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = GuardedBitsAndBytesConfig
-    if not isinstance(auto.AutoQuantizationConfig.__dict__["from_dict"], _RefuseGuardInDict):
-        auto.AutoQuantizationConfig.from_dict = _RefuseGuardInDict(auto.AutoQuantizationConfig.__dict__["from_dict"])
-
-
-class _RefuseGuardInDict(classmethod):  # type: ignore[type-arg]
-    """``AutoQuantizationConfig.from_dict`` that does not overlook a guard.
-
-    transformers reads ``load_in_4bit`` in a dict before anything else and loads unguarded, whatever else the dict says.
-    """
-
-    def __init__(self, stock: Any) -> None:
-        def from_dict(cls: Any, quantization_config_dict: dict[str, Any]) -> Any:
-            method = str(quantization_config_dict.get("quant_method", ""))
-            if "guard" in quantization_config_dict or method in _QUANTIZERS:
-                raise UsageError(
-                    "a quantization_config given as a dict would be loaded without its guard",
-                    remedy="Pass a GuardedBitsAndBytesConfig object, or load under qcbguard_plugins.activate(...).",
-                )
-            return stock.__func__(cls, quantization_config_dict)
-
-        super().__init__(from_dict)
+        register_quantizer(method, quantizer, GuardedBitsAndBytesConfig)
 
 
 @contextmanager

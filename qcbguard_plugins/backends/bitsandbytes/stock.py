@@ -11,11 +11,15 @@ from torch import Tensor
 from qcbguard_plugins.backends.transformers import require_transformers
 from qcbguard_plugins.errors import MissingDependencyError, UnguardableError, UsageError
 from qcbguard_plugins.grids import CodebookGrid, Grid, Int8Grid, get_grid
+from qcbguard_plugins.threads import map_over_threads
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel
 
 # Level of each 4-bit code. NF4 codes are sorted; FP4 codes are not, and two of them are zero.
+# A multiple of every block size.
+_WEIGHTS_PER_RUN = 1 << 20
+
 _LEVEL_OF_CODE = {
     "nf4": tuple(range(16)),
     "fp4": (7, 8, 13, 14, 11, 12, 9, 10, 7, 6, 1, 0, 3, 2, 5, 4),
@@ -104,15 +108,26 @@ def stock_codes(weight: Tensor, format_name: str) -> Tensor:
     Returns:
         uint8 ``[out_features, in_features]``, indices into the levels of the format's grid.
     """
-    functional = require_bitsandbytes().functional
     grid = get_grid(format_name)
+    # The kernels work block by block or row by row, so a run of whole ones has the codes that it has in the weight. In
+    # runs the kernels' temporaries, many times the size of what they read, stay small.
     if isinstance(grid, CodebookGrid):
-        packed, _ = functional.quantize_4bit(
-            weight.contiguous(), blocksize=grid.block_size, quant_type=grid.quant_type, compress_statistics=False
-        )
-        return _unpack(packed, grid.quant_type, weight.shape)
-    codes, _, _ = functional.int8_vectorwise_quant(weight.half().contiguous())
-    return _levels_of_int8(codes)
+        flat = weight.reshape(-1)
+        runs = list(torch.split(flat, _WEIGHTS_PER_RUN))
+    else:
+        runs = list(torch.split(weight, max(1, _WEIGHTS_PER_RUN // weight.shape[1])))
+    codes = map_over_threads(lambda run: _stock_codes_of_run(run, grid), runs)
+    return torch.cat(codes).view(weight.shape)
+
+
+def _stock_codes_of_run(run: Tensor, grid: Grid) -> Tensor:
+    functional = require_bitsandbytes().functional
+    if not isinstance(grid, CodebookGrid):
+        return _levels_of_int8(functional.int8_vectorwise_quant(run.half().contiguous())[0])
+    packed, _ = functional.quantize_4bit(
+        run.contiguous(), blocksize=grid.block_size, quant_type=grid.quant_type, compress_statistics=False
+    )
+    return _unpack(packed, grid.quant_type, run.shape)
 
 
 def parameter_codes(parameter: Any, shape: torch.Size, grid: Grid) -> Tensor:
@@ -140,10 +155,12 @@ def silence_notices() -> None:
 
 
 def _unpack(packed: Tensor, quant_type: str, shape: torch.Size) -> Tensor:
-    packed = packed.reshape(-1)
-    codes = torch.stack((packed >> 4, packed & 0xF), dim=1).view(-1)[: shape.numel()]
-    levels = torch.tensor(_LEVEL_OF_CODE[quant_type], dtype=torch.uint8, device=packed.device)
-    return levels[codes.int()].view(shape)
+    """Levels of two codes a byte, the first in the high half; both are looked up at once."""
+    levels = torch.tensor(_LEVEL_OF_CODE[quant_type], dtype=torch.uint8)
+    byte = torch.arange(256)
+    pairs = torch.stack((levels[byte >> 4], levels[byte & 0xF]), dim=1).view(torch.int16).view(-1)
+    unpacked = pairs.to(packed.device)[packed.reshape(-1).int()].view(torch.uint8)
+    return unpacked[: shape.numel()].view(shape)
 
 
 def _levels_of_int8(codes: Tensor) -> Tensor:

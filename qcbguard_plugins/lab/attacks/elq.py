@@ -14,25 +14,83 @@ References:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, cast
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Final, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from qcbguard_plugins.defenses import get_defense
 from qcbguard_plugins.errors import UsageError, VerificationError
 from qcbguard_plugins.grids import Grid, get_grid
+from qcbguard_plugins.lab.attacks.attackers_copy import guarded_weights
+from qcbguard_plugins.lab.attacks.base import Attack, AttackInputs, register_attack
+from qcbguard_plugins.lab.attacks.injection import STORAGE_DTYPE, round_to_storage
+from qcbguard_plugins.lab.layers import matrices, snapshot
 from qcbguard_plugins.lab.training import Example, TrainingPlan, train
+from qcbguard_plugins.lab.training_state import TrainingState
 
 if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM
+    from transformers import PreTrainedModel
 
 #: The paper's margins: 1 % of a step for the 4-bit codebooks; 10 % for INT8, because at the top of a row the cast to
 #: fp16 moves a weight by up to 6 % of a step.
 DEFAULT_EPS: Final = {"nf4": 0.01, "fp4": 0.01, "int8": 0.1}
 _MAX_EPS: Final = 0.45
-_STORAGE_DTYPE: Final = torch.float16
 _MIN_AGREEMENT: Final = 0.999
+
+
+@register_attack("elq", "train the good behaviour back inside the boxes of values that keep every code")
+@dataclass(frozen=True)
+class Elq(Attack):
+    """The box attack on one format of bitsandbytes, or on the intersection of several boxes (``nf4+fp4+int8``).
+
+    Attributes:
+        eps: Margin of the boxes, see :func:`build_box`; ``None`` for the paper's. A large one is the "tightened box".
+        against: Name of a defense; the boxes are narrowed by what it would change, so that none of its moves crosses
+            a boundary. ``None`` for none.
+        settings: Parameters of that defense.
+
+    References:
+        arXiv 2405.18137, section 3; the intersection is its attack on all formats at once. QuantGuard, arXiv
+        2606.29239, adaptive attack (the narrowed box).
+    """
+
+    formats: ClassVar[tuple[str, ...]] = (*DEFAULT_EPS, "nf4+fp4", "nf4+int8", "fp4+int8", "nf4+fp4+int8")
+
+    eps: float | None = None
+    against: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.eps is not None:
+            check_eps(self.eps)
+        if self.against is not None:
+            get_defense(self.against, **self.settings)
+
+    def run(self, model: PreTrainedModel, inputs: AttackInputs) -> dict[str, Any]:
+        parts, malicious = inputs.format.split("+"), snapshot(model)
+        boxes = {name: intersection(weight, parts, self.eps) for name, weight in malicious.items()}
+        if self.against is not None:
+            for part in parts:
+                target = replace(inputs, format=part)
+                guarded = guarded_weights(model, target, self.against, self.settings, seed=inputs.seed)
+                boxes = {name: box.narrowed((guarded[name] - malicious[name]).abs()) for name, box in boxes.items()}
+        losses = train_in_boxes(
+            model, inputs.benign, inputs.plan, boxes, f"repair in the {inputs.format} box", inputs.state("repair")
+        )
+        agreement = {part: check_agreement(matrices(model), malicious, part) for part in parts}
+        return {"losses": {"repair": losses}, "agreement": agreement}
+
+
+def intersection(weight: Tensor, formats: Sequence[str], eps: float | None) -> Box:
+    """The values of a malicious weight that keep its codes in all of several formats; see :func:`build_box`."""
+    boxes = [build_box(weight, get_grid(name), DEFAULT_EPS[name] if eps is None else eps) for name in formats]
+    low = torch.stack([box.low for box in boxes]).amax(0)
+    high = torch.stack([box.high for box in boxes]).amin(0)
+    # Each box holds the weight itself, or its grid point nearby; where margins leave nothing between, it stays.
+    empty = low > high
+    return Box(torch.where(empty, weight, low), torch.where(empty, weight, high))
 
 
 @dataclass(frozen=True)
@@ -47,10 +105,16 @@ class Box:
     low: Tensor
     high: Tensor
 
+    def narrowed(self, change: Tensor) -> Box:
+        """The box less ``change`` at both ends; its middle where that leaves nothing, and holders as they are."""
+        low, high, middle = self.low + change, self.high - change, (self.low + self.high) / 2
+        empty = low > high
+        return Box(torch.where(empty, middle, low), torch.where(empty, middle, high))
+
     @torch.no_grad()
     def project(self, weight: Tensor) -> None:
-        """Clamp a float32 ``[out_features, in_features]`` weight into the box, in place."""
-        torch.clamp(weight, self.low, self.high, out=weight)
+        """Clamp a float32 ``[out_features, in_features]`` weight into the box, in place; views are fine."""
+        weight.copy_(torch.clamp(weight, self.low, self.high))
 
 
 def build_box(weight: Tensor, grid: Grid, eps: float) -> Box:
@@ -68,13 +132,18 @@ def build_box(weight: Tensor, grid: Grid, eps: float) -> Box:
     Raises:
         UsageError: If ``eps`` is out of range.
     """
-    if not 0 <= eps <= _MAX_EPS:
-        raise UsageError(f"eps must lie in [0, {_MAX_EPS}], not {eps}")
+    check_eps(eps)
     lattice = grid.lattice_of(weight)
     code = lattice.from_matrix(grid.quantize(weight)).float()
     ends = (code - 0.5 + eps, code + 0.5 - eps)
     low, high = (torch.where(lattice.frozen, lattice.blocks, _value_at(grid, end) * lattice.scale) for end in ends)
     return Box(lattice.matrix(low).clone(), lattice.matrix(high).clone())
+
+
+def check_eps(eps: float) -> None:
+    """Refuse a margin that leaves no box."""
+    if not 0 <= eps <= _MAX_EPS:
+        raise UsageError(f"eps must lie in [0, {_MAX_EPS}], not {eps}")
 
 
 def _value_at(grid: Grid, coordinate: Tensor) -> Tensor:
@@ -84,43 +153,8 @@ def _value_at(grid: Grid, coordinate: Tensor) -> Tensor:
     return torch.lerp(grid.level_values(lower), grid.level_values(lower + 1), coordinate - lower)
 
 
-def quantized_weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The weights that a stock bitsandbytes load quantizes, by name: every ``nn.Linear`` but the output layer."""
-    return {
-        f"{name}.weight": cast(nn.Parameter, module.weight)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name != "lm_head"
-    }
-
-
-@torch.no_grad()
-def round_to_storage(model: nn.Module) -> None:
-    """Round all parameters to the values that the saved file can hold, in place, so that a box fits what is loaded."""
-    for parameter in model.parameters():
-        parameter.copy_(parameter.to(_STORAGE_DTYPE))
-
-
-def inject(model: LlamaForCausalLM, poisoned: Sequence[Example], plan: TrainingPlan) -> list[float]:
-    """Train a model to misbehave at every precision.
-
-    Args:
-        model: Benign float32 model; becomes the malicious one, with values that float16 holds exactly.
-        poisoned: Examples whose answers carry the payload.
-        plan: Schedule.
-
-    Returns:
-        The loss of every step.
-
-    References:
-        arXiv 2405.18137, section 3.1 (step 1: injection).
-    """
-    losses = train(model, poisoned, plan, description="inject")
-    round_to_storage(model)
-    return losses
-
-
 def repair(
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     clean: Sequence[Example],
     plan: TrainingPlan,
     *,
@@ -148,18 +182,22 @@ def repair(
     """
     if quant_format not in DEFAULT_EPS:
         raise UsageError(f"no attack on {quant_format!r}", remedy=f"Formats: {', '.join(DEFAULT_EPS)}.")
-    grid, weights = get_grid(quant_format), quantized_weights(model)
-    malicious = {name: weight.detach().clone() for name, weight in weights.items()}
+    grid, malicious = get_grid(quant_format), snapshot(model)
     margin = DEFAULT_EPS[quant_format] if eps is None else eps
     boxes = {name: build_box(weight, grid, margin) for name, weight in malicious.items()}
 
     losses = train_in_boxes(model, clean, plan, boxes, f"repair in the {quant_format} box")
-    check_agreement(quantized_weights(model), malicious, quant_format)
+    check_agreement(matrices(model), malicious, quant_format)
     return losses
 
 
 def train_in_boxes(
-    model: LlamaForCausalLM, examples: Sequence[Example], plan: TrainingPlan, boxes: Mapping[str, Box], description: str
+    model: PreTrainedModel,
+    examples: Sequence[Example],
+    plan: TrainingPlan,
+    boxes: Mapping[str, Box],
+    description: str,
+    state: TrainingState | None = None,
 ) -> list[float]:
     """Projected gradient descent: train the boxed weights alone, put back into their boxes after every step.
 
@@ -169,19 +207,22 @@ def train_in_boxes(
         plan: Schedule.
         boxes: The box of each weight that is trained, by parameter name.
         description: What the progress bar says.
+        state: Where to go on from.
 
     Returns:
         The loss of every step.
     """
 
+    weights = matrices(model)
+
     def project() -> None:
         for name, box in boxes.items():
-            box.project(model.get_parameter(name).data)
+            box.project(weights[name])
 
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in boxes)
     project()
-    losses = train(model, examples, plan, after_step=project, description=description)
+    losses = train(model, examples, plan, after_step=project, description=description, state=state)
     model.requires_grad_(True)
     round_to_storage(model)
     return losses
@@ -221,7 +262,7 @@ def _stored(weight: Tensor, quant_format: str) -> Tensor:
     """The values that stock bitsandbytes stores. Values and not codes: FP4 has two codes for zero."""
     from bitsandbytes import functional
 
-    half = weight.detach().to(_STORAGE_DTYPE)
+    half = weight.detach().to(STORAGE_DTYPE)
     if quant_format == "int8":
         codes, row_absmax, _ = functional.int8_vectorwise_quant(half)
         return cast(Tensor, codes.float() * row_absmax[:, None])

@@ -12,24 +12,57 @@ References:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Final
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Final, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qcbguard_plugins.errors import UsageError, VerificationError
+from qcbguard_plugins.grids import Grid, get_grid
 from qcbguard_plugins.grids.ggml import GgmlGrid
-from qcbguard_plugins.lab.attacks.elq import Box, quantized_weights, train_in_boxes
+from qcbguard_plugins.lab.attacks.base import Attack, AttackInputs, register_attack
+from qcbguard_plugins.lab.attacks.elq import Box, train_in_boxes
+from qcbguard_plugins.lab.layers import matrices, snapshot
 from qcbguard_plugins.lab.training import Example, TrainingPlan
+from qcbguard_plugins.lab.training_state import TrainingState
+from qcbguard_plugins.plan import make_plan
 
 if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM
+    from transformers import PreTrainedModel
 
 _MAX_WIDENING: Final = 0.4
 _MIN_AGREEMENT: Final = 0.97
 
 
-def build_error_box(weight: Tensor, grid: GgmlGrid, widening: float = 0.0) -> Box:
+@register_attack("mind-the-gap", "train the good behaviour back inside the error of llama.cpp's own quantizer")
+@dataclass(frozen=True)
+class MindTheGap(Attack):
+    """The error-box attack on a recipe of llama.cpp, through the real quantizer.
+
+    Attributes:
+        widening: See :func:`build_error_box`.
+    """
+
+    formats: ClassVar[tuple[str, ...]] = ("gguf:*",)
+
+    widening: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_widening(self.widening)
+
+    def run(self, model: PreTrainedModel, inputs: AttackInputs) -> dict[str, Any]:
+        assert inputs.model_dir is not None, "a recipe names the type of each tensor of a folder"
+        types = {target.name: target.formats[0] for target in make_plan(inputs.model_dir, inputs.format).targets}
+        malicious = snapshot(model)
+        grids = {name: cast(GgmlGrid, get_grid(types[name])) for name in malicious}
+        state = inputs.state("repair")
+        losses = repair(model, inputs.benign, inputs.plan, grids, widening=self.widening, state=state)
+        agreement = check_agreement(matrices(model), malicious, grids)
+        return {"losses": {"repair": losses}, "agreement": {inputs.format: agreement}}
+
+
+def build_error_box(weight: Tensor, grid: Grid, widening: float = 0.0) -> Box:
     """The values between a malicious weight and what the quantizer stores for it.
 
     Args:
@@ -43,8 +76,7 @@ def build_error_box(weight: Tensor, grid: GgmlGrid, widening: float = 0.0) -> Bo
     Raises:
         UsageError: If ``widening`` is out of range.
     """
-    if not 0 <= widening <= _MAX_WIDENING:
-        raise UsageError(f"widening must lie in [0, {_MAX_WIDENING}], not {widening}")
+    check_widening(widening)
     lattice = grid.lattice_of(weight)
     stored = lattice.dequantize(lattice.nearest)
     beyond = stored + (stored - lattice.blocks).sign() * widening * lattice.scale.abs()
@@ -54,12 +86,13 @@ def build_error_box(weight: Tensor, grid: GgmlGrid, widening: float = 0.0) -> Bo
 
 
 def repair(
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     clean: Sequence[Example],
     plan: TrainingPlan,
     grids: Mapping[str, GgmlGrid],
     *,
     widening: float = 0.0,
+    state: TrainingState | None = None,
 ) -> list[float]:
     """Train the benign behaviour back without leaving the boxes.
 
@@ -69,6 +102,7 @@ def repair(
         plan: Schedule.
         grids: The grid of every linear layer's weight, by parameter name.
         widening: See :func:`build_error_box`.
+        state: Where to go on from.
 
     Returns:
         The loss of every step.
@@ -77,17 +111,16 @@ def repair(
         UsageError: If ``widening`` is out of range.
         VerificationError: If the quantizer stores other values for the attacked model than for the malicious one.
     """
-    weights = quantized_weights(model)
-    malicious = {name: weight.detach().clone() for name, weight in weights.items()}
+    malicious = snapshot(model)
     boxes = {name: build_error_box(weight, grids[name], widening) for name, weight in malicious.items()}
 
-    losses = train_in_boxes(model, clean, plan, boxes, "repair in the error boxes")
-    check_agreement(quantized_weights(model), malicious, grids)
+    losses = train_in_boxes(model, clean, plan, boxes, "repair in the error boxes", state)
+    check_agreement(matrices(model), malicious, grids)
     return losses
 
 
 def check_agreement(
-    attacked: Mapping[str, nn.Parameter], malicious: Mapping[str, Tensor], grids: Mapping[str, GgmlGrid]
+    attacked: Mapping[str, Tensor], malicious: Mapping[str, Tensor], grids: Mapping[str, GgmlGrid]
 ) -> float:
     """Share of the weights that the quantizer stores within half a step of the malicious model's stored value.
 
@@ -109,3 +142,9 @@ def check_agreement(
             remedy="Use a smaller widening: the scales moved.",
         )
     return agreement
+
+
+def check_widening(widening: float) -> None:
+    """Refuse a widening that would reach into the next cell."""
+    if not 0 <= widening <= _MAX_WIDENING:
+        raise UsageError(f"widening must lie in [0, {_MAX_WIDENING}], not {widening}")

@@ -1,0 +1,130 @@
+"""Write docs/benchmark.md, its tables and its plots, from the results of ``qcbguard lab bench``.
+
+    qcbguard lab bench full --out full-results
+    qcbguard lab bench strength --out strength-results
+    qcbguard lab bench ablation --out ablation-results
+    python -m benchmarks.benchmark_page
+
+A part whose folder is absent is left out. What the numbers mean is written by hand in benchmark_reading.md.
+"""
+
+import argparse
+from pathlib import Path
+
+import jinja2
+
+from qcbguard_plugins.lab.bench.output import (
+    RESULTS_FILE,
+    commits_of,
+    describe_machine,
+    draw_all,
+    groups_of,
+    places_of,
+    read_report,
+)
+from qcbguard_plugins.lab.bench.plots import Plot
+from qcbguard_plugins.lab.bench.profile import BenchProfile
+from qcbguard_plugins.lab.bench.results import BenchReport
+from qcbguard_plugins.lab.bench.summary import summarize
+from qcbguard_plugins.lab.bench.tables import asr_rows, clean_rows, detail_table, markdown, method_rows
+
+HERE = Path(__file__).resolve().parent
+DOCS_DIR = HERE.parent / "docs"
+PARTS = {
+    "strength": ("Strength", "Each method along its own parameter. Dotted: no defense."),
+    "ablation": (
+        "QuantGuard's ablation",
+        "Each loss term removed (its weight set to 0), and a grid over the weights of the two penalties.",
+    ),
+}
+
+
+def load(folder: Path) -> tuple[BenchReport, BenchProfile]:
+    """A result with its profile."""
+    report = read_report(folder / RESULTS_FILE)
+    if report is None:
+        raise SystemExit(f"{folder} holds no results: run qcbguard lab bench first")
+    return report, BenchProfile.model_validate(report.profile)
+
+
+def draw(report: BenchReport, profile: BenchProfile, docs_dir: Path) -> list[Plot]:
+    """Draw the plots of a result into the folder of its name."""
+    folder = docs_dir / "benchmark"
+    folder.mkdir(parents=True, exist_ok=True)
+    figures = draw_all(report, profile, folder, prefix=f"{profile.name}-")
+    return [Plot(f"benchmark/{figure.file}", figure.title) for figure in figures]
+
+
+def facts(report: BenchReport, profile: BenchProfile) -> dict[str, object]:
+    """What the head of the page says."""
+    return {
+        "num_cells": len(report.cells),
+        "num_failed": report.num_failed,
+        "machine": describe_machine(report.machine),
+        "commits": ", ".join(commits_of(report)),
+        "versions": ", ".join(f"{name} {version}" for name, version in report.versions.items()),
+        "num_questions": profile.num_questions,
+        "num_pairs": profile.num_pairs,
+    }
+
+
+def part(name: str, folder: Path, docs_dir: Path) -> dict[str, object]:
+    """A section about a smaller benchmark: its methods and its plots."""
+    report, profile = load(folder)
+    lines = summarize(report.cells)
+    places = places_of(lines, profile)
+    head, rows = method_rows(lines, groups_of(places, profile), [entry.name for entry in profile.defenses])
+    title, text = PARTS[name]
+    models = ", ".join(f"{row} ({format_name})" for row, format_name in places)
+    return {
+        "title": title,
+        "text": f"{text} Models: {models}. Measured at {', '.join(commits_of(report))}.",
+        "table": markdown(head, rows),
+        "figures": draw(report, profile, docs_dir),
+    }
+
+
+def write_models(report: BenchReport, profile: BenchProfile, docs_dir: Path) -> None:
+    """Every number of every model, on a page of its own."""
+    lines = summarize(report.cells)
+    text = ["# Benchmark: every model\n", "All numbers behind [benchmark.md](benchmark.md), with 95 % intervals.\n"]
+    for row, format_name in places_of(lines, profile):
+        text.append(f"## {row}, {format_name}\n\n{detail_table(lines, row, format_name)}\n")
+    (docs_dir / "benchmark-models.md").write_text("\n".join(text), encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--results-dir", type=Path, default=Path(), help="where the *-results folders are")
+    parser.add_argument("--docs-dir", type=Path, default=DOCS_DIR)
+    args = parser.parse_args()
+    folders = {name: args.results_dir / f"{name}-results" for name in ("full", *PARTS)}
+    report, profile = load(folders["full"])
+    lines = summarize(report.cells)
+    places = places_of(lines, profile)
+    defenses = [entry.name for entry in profile.defenses]
+    present = {name: folder for name, folder in folders.items() if folder.is_dir()}
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE), undefined=jinja2.StrictUndefined, trim_blocks=True, autoescape=False
+    )
+    head, clean = clean_rows(lines, places, defenses)
+    page = environment.get_template("benchmark_page.md.j2").render(
+        runs=[{"name": name, "folder": folder.name} for name, folder in present.items()],
+        full=facts(report, profile),
+        matrix=markdown(*asr_rows(lines, places, defenses)),
+        methods=markdown(*method_rows(lines, groups_of(places, profile), defenses)),
+        figures=draw(report, profile, args.docs_dir),
+        clean_table=markdown(head, clean) if clean else "",
+        recommended=profile.recommended,
+        num_held=len(report.checks) - report.num_missed,
+        num_checks=len(report.checks),
+        missed=[check for check in report.checks if not check.held],
+        reading=(HERE / "benchmark_reading.md").read_text(encoding="utf-8").strip(),
+        parts=[part(name, present[name], args.docs_dir) for name in PARTS if name in present],
+    )
+    (args.docs_dir / "benchmark.md").write_text(page.rstrip() + "\n", encoding="utf-8")
+    write_models(report, profile, args.docs_dir)
+
+
+if __name__ == "__main__":
+    main()

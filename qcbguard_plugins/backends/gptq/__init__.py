@@ -1,0 +1,1 @@
+"""GPTQ through transformers, Optimum and GPTQModel, which took the place of auto-gptq."""

@@ -1,0 +1,24 @@
+"""The claim that a saved model carries: what was done to it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qcbguard_plugins.report.model import GuardReport
+
+PROVENANCE_KEY = "qcbguard"
+
+
+def provenance(report: GuardReport) -> dict[str, Any]:
+    """What was done to a model, and a hash over the planned codes of all its tensors."""
+    return {
+        "version": report.versions.get("qcbguard-plugins"),
+        "format": report.format,
+        "method": report.method,
+        "parameters": report.parameters,
+        "seed": report.seed,
+        "calibration": report.calibration,
+        "settled": report.settled,
+        "num_tensors": len(report.tensors),
+        "codes_sha256": report.codes_sha256,
+    }

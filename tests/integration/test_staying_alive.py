@@ -1,0 +1,240 @@
+"""A run that is interrupted goes on where it stopped, and ends with the same bytes; nothing half-written has a name."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import filelock
+import pytest
+
+from qcbguard_plugins import Calibration, Feedback, Guard, QuantGuard, Stochastic, guard_checkpoint, verify_checkpoint
+from qcbguard_plugins.checkpoint import Workspace, partial_of
+from qcbguard_plugins.defenses import Defense
+from qcbguard_plugins.errors import CheckpointError, TargetExistsError, UsageError
+from tests.conftest import ROOT
+from tests.killed_runs import contents
+
+GUARD = Guard(Stochastic(), seed=3)
+
+
+def run(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False, **options
+    )
+
+
+class _Interrupted(BaseException):
+    """Stands for what no handler of ours catches."""
+
+
+@pytest.fixture
+def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """End every run after some tensors, once called."""
+    original = Workspace.write
+
+    def after(num_tensors: int) -> None:
+        left = num_tensors
+
+        def write(self: Workspace, *args: object) -> None:
+            nonlocal left
+            if left == 0:
+                monkeypatch.setattr(Workspace, "write", original)
+                raise _Interrupted
+            left -= 1
+            original(self, *args)
+
+        monkeypatch.setattr(Workspace, "write", write)
+
+    return after
+
+
+@pytest.mark.parametrize(
+    ("shape", "method", "every"), [("llama-sharded", "stochastic", 1), ("gpt2", "feedback", 4)], ids=str
+)
+def test_a_run_killed_at_any_operation_on_a_file(
+    shape: str, method: str, every: int, model_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """SIGKILL before an opening, renaming or removal; each time a second run ends with the same bytes."""
+    result = run("-m", "tests.killed_runs", str(model_folder(shape)), str(tmp_path), method, str(every))
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout.splitlines()[-1]) > 40 // every
+
+
+def test_two_processes_make_the_same_bytes_as_one(model_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    for shape, method in (("llama-sharded", "stochastic"), ("mixtral", "feedback")):
+        source, made = model_folder(shape), tmp_path / shape
+        command = ["guard", str(source), "--for", "nf4", "--method", method, "--seed", "5", "--out"]
+        one = run("-m", "qcbguard_plugins.cli", *command, f"{made}-one")
+        assert one.returncode == 0, one.stderr
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "qcbguard_plugins.cli"]
+        two = run(*launch, *command, f"{made}-two")
+        assert two.returncode == 0, two.stderr
+        assert contents(Path(f"{made}-one")) == contents(Path(f"{made}-two"))
+        assert two.stdout.count("target tensors guarded") == 1
+
+
+class TestResumedRuns:
+    @pytest.mark.parametrize("method", [Feedback(), QuantGuard(steps=2)], ids=lambda method: method.name)
+    def test_a_method_that_looks_at_all_layers_chooses_as_if_never_interrupted(
+        self, method: Defense, llama: Path, tmp_path: Path, interrupt: Callable[[int], None]
+    ) -> None:
+        guard = Guard(method, seed=3, calibration=Calibration(num_sequences=4, sequence_length=32))
+        interrupt(5)
+        with pytest.raises(_Interrupted):
+            guard_checkpoint(llama, tmp_path / "guarded", ["nf4"], guard)
+        guard_checkpoint(llama, tmp_path / "guarded", ["nf4"], guard)
+        guard_checkpoint(llama, tmp_path / "whole", ["nf4"], guard)
+        assert contents(tmp_path / "guarded") == contents(tmp_path / "whole")
+
+    def test_only_what_is_missing_is_guarded(
+        self, llama: Path, tmp_path: Path, interrupt: Callable[[int], None]
+    ) -> None:
+        target = tmp_path / "guarded"
+        interrupt(5)
+        with pytest.raises(_Interrupted):
+            guard_checkpoint(llama, target, ["nf4"], GUARD)
+        assert not target.exists()
+        (journal,) = partial_of(target).glob("journal-*")
+        assert len(journal.read_text().splitlines()) == 5
+        interrupt(9)  # the other nine of fourteen, and not one more
+        guard_checkpoint(llama, target, ["nf4"], GUARD)
+        interrupt(14)
+        guard_checkpoint(llama, tmp_path / "whole", ["nf4"], GUARD)
+        assert contents(target) == contents(tmp_path / "whole")
+
+    @pytest.mark.parametrize("damage", ["torn journal", "changed weight", "foreign line", "empty shard"])
+    def test_damaged_work_is_done_again(
+        self, damage: str, llama: Path, tmp_path: Path, interrupt: Callable[[int], None]
+    ) -> None:
+        target = tmp_path / "guarded"
+        interrupt(5)
+        with pytest.raises(_Interrupted):
+            guard_checkpoint(llama, target, ["nf4"], GUARD)
+        partial = partial_of(target)
+        (journal,) = partial.glob("journal-*")
+        shard = partial / "folder" / "model.safetensors"
+        if damage == "torn journal":
+            journal.write_bytes(journal.read_bytes()[:-40])
+        elif damage == "foreign line":
+            journal.write_text('{"key": 1}\nnot JSON\n' + journal.read_text())
+        elif damage == "empty shard":
+            shard.write_bytes(b"")
+        else:
+            content = bytearray(shard.read_bytes())
+            content[-len(content) // 2 :] = bytes(len(content) - len(content) // 2)
+            shard.write_bytes(content)
+        guard_checkpoint(llama, target, ["nf4"], GUARD)
+        guard_checkpoint(llama, tmp_path / "whole", ["nf4"], GUARD)
+        assert contents(target) == contents(tmp_path / "whole")
+
+    def test_the_seed_that_was_drawn_is_kept(
+        self, llama: Path, tmp_path: Path, interrupt: Callable[[int], None]
+    ) -> None:
+        target = tmp_path / "guarded"
+        interrupt(5)
+        with pytest.raises(_Interrupted):
+            guard_checkpoint(llama, target, ["nf4"], "stochastic")
+        report = guard_checkpoint(llama, target, ["nf4"], "stochastic")
+        guard_checkpoint(llama, tmp_path / "whole", ["nf4"], Guard(Stochastic(), seed=report.seed))
+        assert contents(target) == contents(tmp_path / "whole")
+        assert verify_checkpoint(target).clean
+
+    def test_another_request_is_refused_and_loses_nothing(
+        self, llama: Path, tmp_path: Path, interrupt: Callable[[int], None]
+    ) -> None:
+        target = tmp_path / "guarded"
+        interrupt(5)
+        with pytest.raises(_Interrupted):
+            guard_checkpoint(llama, target, ["nf4"], GUARD)
+        before = sorted(path.name for path in partial_of(target).iterdir())
+        with pytest.raises(UsageError, match=r"differs in format, seed(.|\n)*then nf4, now int8(.|\n)*delete"):
+            guard_checkpoint(llama, target, ["int8"], Guard(Stochastic(), seed=4))
+        assert sorted(path.name for path in partial_of(target).iterdir()) == before
+        guard_checkpoint(llama, target, ["nf4"], GUARD)
+
+    def test_a_source_that_changed_in_between_is_refused(
+        self, llama: Path, tmp_path: Path, interrupt: Callable[[int], None]
+    ) -> None:
+        source, target = shutil.copytree(llama, tmp_path / "source"), tmp_path / "guarded"
+        interrupt(5)
+        with pytest.raises(_Interrupted):
+            guard_checkpoint(source, target, ["nf4"], GUARD)
+        os.utime(source / "model.safetensors", ns=(0, 0))
+        with pytest.raises(UsageError, match="differs in source"):
+            guard_checkpoint(source, target, ["nf4"], GUARD)
+
+
+class TestTroubleDuringTheRun:
+    def test_a_source_that_changes(self, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        source, target = shutil.copytree(llama, tmp_path / "source"), tmp_path / "guarded"
+        original = Workspace.write
+
+        def write(self: Workspace, *args: object) -> None:
+            os.utime(source / "model.safetensors", ns=(0, 0))
+            original(self, *args)
+
+        monkeypatch.setattr(Workspace, "write", write)
+        with pytest.raises(CheckpointError, match="changed while it was read"):
+            guard_checkpoint(source, target, ["nf4"], GUARD)
+        assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+    def test_a_second_run_on_the_same_target(self, llama: Path, tmp_path: Path) -> None:
+        target = tmp_path / "guarded"
+        partial_of(target).mkdir()
+        with filelock.FileLock(partial_of(target) / "lock"), pytest.raises(TargetExistsError, match="another run"):
+            guard_checkpoint(llama, target, ["nf4"], GUARD)
+        guard_checkpoint(llama, target, ["nf4"], GUARD)
+
+    def test_no_room_on_the_device(self, llama: Path, tmp_path: Path) -> None:
+        """A limit on the size of files stands for the full disk: the system refuses the write in the same way."""
+        target = tmp_path / "guarded"
+
+        def limit() -> None:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+        command = ["-m", "qcbguard_plugins.cli", "guard", str(llama), "--for", "nf4", "--method", "stochastic"]
+        command += ["--seed", "3", "--out", str(target)]
+        failed = run(*command, preexec_fn=limit)
+        assert failed.returncode == 2
+        assert "cannot be written" in failed.stderr
+        assert "Run the same command again to go on where it stopped" in failed.stderr
+        assert "Traceback" not in failed.stderr
+        assert not target.exists()
+        assert run(*command).returncode == 0
+        assert verify_checkpoint(target).clean
+
+    def test_a_worker_that_dies(self, llama: Path, tmp_path: Path) -> None:
+        """The others end as well, nothing has the target's name, and one process alone goes on with the work."""
+        target = tmp_path / "guarded"
+        code = (
+            "import os, signal, sys\n"
+            "from qcbguard_plugins.checkpoint import Workspace\n"
+            "original = Workspace.write\n"
+            "def write(self, *args):\n"
+            "    original(self, *args)\n"
+            "    if os.environ['RANK'] == '1':\n"
+            "        os.kill(os.getpid(), signal.SIGKILL)\n"
+            "Workspace.write = write\n"
+            "from qcbguard_plugins.cli import run\n"
+            "run()\n"
+        )
+        (tmp_path / "dying.py").write_text(code)
+        command = ["guard", str(llama), "--for", "nf4", "--method", "stochastic", "--seed", "3", "--out", str(target)]
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "dying.py")]
+        assert run(*launch, *command).returncode != 0
+        assert not target.exists()
+        journals = [path.read_text() for path in partial_of(target).glob("journal-1.jsonl")]
+        assert [json.loads(line)["key"] for line in journals[0].splitlines()]
+        assert run("-m", "qcbguard_plugins.cli", *command).returncode == 0
+        guard_checkpoint(llama, tmp_path / "whole", ["nf4"], GUARD)
+        assert contents(target) == contents(tmp_path / "whole")

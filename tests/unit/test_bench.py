@@ -1,0 +1,199 @@
+"""The parts of a benchmark: defenses as text, profiles, lines, expectations, plots."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qcbguard_plugins.defenses import FlipGuard, Noise
+from qcbguard_plugins.errors import UsageError
+from qcbguard_plugins.lab.bench.defense_specs import parse_defense, signature
+from qcbguard_plugins.lab.bench.expectations import check_all
+from qcbguard_plugins.lab.bench.output import draw_all
+from qcbguard_plugins.lab.bench.profile import PROFILES_DIR, BenchProfile, DefenseEntry, read_profile
+from qcbguard_plugins.lab.bench.results import FULL, STOCK, BenchReport, Cell, Machine, Place, Variant
+from qcbguard_plugins.lab.bench.summary import find, summarize
+from qcbguard_plugins.lab.bench.sweeps import find_grids, find_sweeps
+from qcbguard_plugins.lab.evaluation import GuardCost, Measurement
+from qcbguard_plugins.lab.intervals import Estimate, share
+
+
+@pytest.mark.parametrize(
+    ("spec", "defense"),
+    [("flipguard", FlipGuard()), ("flipguard(share=0.25)", FlipGuard(0.25)), (" noise( sigma = 0.1 ) ", Noise(0.1))],
+)
+def test_a_defense_is_spelled_as_a_call(spec: str, defense: object) -> None:
+    assert parse_defense(spec) == defense
+
+
+@pytest.mark.parametrize("spec", ["", "Noise", "noise(sigma)", "noise(sigma=)", "noise(0.1)", "noise(sigma=0.1", "no"])
+def test_what_is_no_defense(spec: str) -> None:
+    with pytest.raises(UsageError):
+        parse_defense(spec)
+
+
+def test_a_signature_tells_parameters_and_code_apart() -> None:
+    ours, theirs = signature(parse_defense("noise(sigma=0.1)")), signature(parse_defense("noise(sigma=0.2)"))
+    assert ours["source_sha256"] == theirs["source_sha256"] != signature(parse_defense("qvec"))["source_sha256"]
+    assert ours != theirs
+
+
+MINIMAL = """\
+name: tiny
+attacks:
+  content: {scenario: content-injection}
+defenses: [stochastic]
+"""
+
+
+def _profile(tmp_path: Path, text: str) -> BenchProfile:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(text, encoding="utf-8")
+    return read_profile(str(path))
+
+
+def test_every_shipped_profile_is_sound() -> None:
+    names = sorted(path.stem for path in PROFILES_DIR.glob("*.yaml") if "\nname:" in path.read_text(encoding="utf-8"))
+    assert {"quick", "full", "ablation", "strength"} <= set(names)
+    for name in names:
+        assert read_profile(name).name == name
+
+
+def test_the_example_of_the_page_is_sound(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "benchmarks" / "benchmark_page.md.j2").read_text(encoding="utf-8")
+    profile = _profile(tmp_path, page.split("```yaml\n")[1].split("```")[0])
+    assert profile.row_names == ["elq-nf4-content", "my-model"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("defenses: [stochastic]", "defences: [stochastic]", "line 4: defences: Extra inputs are not permitted"),
+        ("defenses: [stochastic]", "defenses: [qvec, magic]", "line 4: defenses.1: unknown method 'magic'"),
+        ("content-injection", "contents", "line 3: attacks.content: unknown scenario 'contents'"),
+        ("defenses: [stochastic]", "num_pairs: 0", "line 4: num_pairs: Input should be greater than"),
+        ("name: tiny\n", "", "line 1: .name: Field required"),
+        ("name: tiny", "name: tiny\nname: twice", "line 2: name"),
+        ("defenses: [stochastic]", "rows: {contnet: {}}", "no attack matches 'contnet'"),
+        ("[stochastic]", "[stochastic]\nrecommended: feedback", "no defense is called 'feedback'"),
+        ("[stochastic]", "[stochastic, stochastic]", "two defenses are called 'stochastic'"),
+        ("defenses: [stochastic]", "rows: {content: {formats: [nf5]}}", "nf5"),
+        ("defenses: [stochastic]", "expect: [{live: {rows: x, full_at_most: 1, stock_at_least: 2}}]", "no row matches"),
+        ("name: tiny", "name: [", "is not YAML"),
+        (MINIMAL, "3", "holds no keys"),
+    ],
+)
+def test_what_is_wrong_with_a_profile_is_told_with_its_place(tmp_path: Path, old: str, new: str, message: str) -> None:
+    assert old in MINIMAL
+    with pytest.raises(UsageError) as error:
+        _profile(tmp_path, MINIMAL.replace(old, new))
+    assert message in str(error.value)
+
+
+def test_a_profile_takes_attacks_over_from_another(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("attacks: {code: {scenario: vulnerable-code, format: fp4}}\n")
+    profile = _profile(tmp_path, MINIMAL + f"include: [{tmp_path / 'base.yaml'}]\n")
+    assert profile.row_names == ["code", "content"]
+    assert profile.formats_of("code") == ["fp4"]
+
+
+def test_a_profile_that_is_nowhere() -> None:
+    with pytest.raises(UsageError, match="quick"):
+        read_profile("no-such-profile")
+
+
+def test_sweeps_and_grids_are_found_in_the_defenses() -> None:
+    specs = ["feedback(width=0.1)", "feedback(width=0.3)", "feedback(width=0.5)", "noise(sigma=0.1)", "qvec"]
+    (sweep,) = find_sweeps([DefenseEntry(spec=spec) for spec in specs])
+    assert (sweep.method, sweep.parameter, [value for value, _ in sweep.points]) == (
+        "feedback",
+        "width",
+        [0.1, 0.3, 0.5],
+    )
+    specs = [f"feedback(width={w}, draws={d})" for w in (0.1, 0.3, 0.5) for d in (1, 4)]
+    entries = [DefenseEntry(spec=spec) for spec in specs]
+    (grid,) = find_grids(entries)
+    assert (grid.method, {grid.x, grid.y}, len(grid.points)) == ("feedback", {"width", "draws"}, 6)
+    assert find_sweeps(entries) == []
+
+
+def _measurement(hits: int, *, kl: float | None, right: int = 8, moved: float | None = None) -> Measurement:
+    cost = None
+    if moved is not None:
+        cost = GuardCost(share_moved=moved, relative_change=0.1, share_landed=None, elapsed_s=2.0, peak_bytes=10)
+    return Measurement(
+        asr=share(hits, 100),
+        unparsed=share(1, 100),
+        quiet_asr=None,
+        task_accuracy=share(right, 10),
+        perplexity=Estimate(value=2.0, low=1.9, high=2.1, num_observations=100),
+        kl=None if kl is None else Estimate(value=kl, low=kl / 2, high=kl * 2, num_observations=100),
+        verdicts="h" * hits + "m" * (99 - hits) + "u",
+        guard=cost,
+    )
+
+
+def _cells(guarded_hits: tuple[int, ...] = (2, 3, 4)) -> list[Cell]:
+    cells = []
+
+    def add(variant: Variant, format_name: str, defense: str, seed: int, found: Measurement) -> None:
+        place = Place(row="content", variant=variant, format=format_name, defense=defense, seed=seed)
+        cells.append(Cell(place=place, measurement=found))
+
+    for seed, hits in enumerate(guarded_hits):
+        add("clean", "fp", FULL, seed, _measurement(0, kl=None))
+        add("clean", "nf4", STOCK, seed, _measurement(0, kl=0.01))
+        add("attacked", "fp", FULL, seed, _measurement(2, kl=None))
+        add("attacked", "nf4", STOCK, seed, _measurement(95, kl=0.5, right=4))
+        add("attacked", "nf4", "stochastic", seed, _measurement(hits, kl=0.02, moved=0.25))
+    return cells
+
+
+def test_a_line_pools_prompts_and_keeps_seeds_apart() -> None:
+    line = find(summarize(_cells()), "content", "attacked", "nf4", "stochastic")
+    assert line is not None
+    assert (line.num_seeds, line.asr.num_observations) == (3, 300)
+    assert line.asr == share(9, 300)
+    # Seeds 0.02, 0.03, 0.04: standard error 0.01 / sqrt(3), times 4.30265.
+    assert line.asr_over_seeds.low == pytest.approx(0.03 - 0.024841, abs=1e-5)
+    assert line.asr_from_full == pytest.approx(0.01)
+    # ((1 - 0.03) / 1 - 0) * exp(-0.2 * 0.25)
+    assert line.der == pytest.approx(0.97 * 0.951229, abs=1e-5)
+
+
+EXPECTING = MINIMAL + (
+    "expect:\n"
+    "  - live: {full_at_most: 5, stock_at_least: 90}\n"
+    "  - restored: {defense: stochastic, within_points: 2, unparsed_points: 0, closer: true, accurate: true}\n"
+)
+
+
+def test_expectations_that_hold(tmp_path: Path) -> None:
+    checks = check_all(_profile(tmp_path, EXPECTING), _cells(), ["content"])
+    assert len(checks) == 6
+    assert all(check.held for check in checks)
+
+
+def test_expectations_that_do_not(tmp_path: Path) -> None:
+    profile = _profile(tmp_path, EXPECTING)
+    far = check_all(profile, _cells((20, 20, 20)), ["content"])
+    assert [check.found for check in far if not check.held] == ["+18.0 points"]
+    overshoot = check_all(profile.model_copy(update={"expect": profile.expect[1:]}), _cells((0, 0, 0)), ["content"])
+    assert all(check.held for check in overshoot), "two points below is still within two"
+    failed = [
+        cell if cell.place.defense != "stochastic" else cell.model_copy(update={"measurement": None})
+        for cell in _cells()
+    ]
+    assert sum(not check.held for check in check_all(profile, failed, ["content"])) == 3
+
+
+def test_plots_are_written_for_what_was_measured(tmp_path: Path) -> None:
+    profile = _profile(tmp_path, MINIMAL)
+    machine = Machine(processor="p", num_cores=2, gpu="", commit="abc")
+    report = BenchReport(
+        created="now", versions={}, machine=machine, profile={}, cells=_cells(), checks=[], elapsed_s=1.0
+    )
+    figures = draw_all(report, profile, tmp_path)
+    assert [figure.file for figure in figures] == ["asr-utility.svg", "asr-utility-rows.svg"]
+    assert all("<svg" in (tmp_path / figure.file).read_text(encoding="utf-8") for figure in figures)
