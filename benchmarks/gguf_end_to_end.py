@@ -5,8 +5,9 @@
 MODEL is a folder made by `benchmarks/make_gguf_model.py`. TREE is a llama.cpp source tree, for its
 `convert_hf_to_gguf.py`. For each recipe the table has the model as stock llama.cpp quantizes it and as it does after
 `qcbguard guard --for gguf:RECIPE`. Answers come from llama.cpp itself (the xllamacpp package), perplexity from the
-stored weights in float32, dequantized by transformers. Exits with 1 if a guarded model is more than 5 points from full
-precision or its perplexity is above stock's.
+stored weights in float32, dequantized by transformers. Both files answer the same prompts, so their difference has a
+95 % interval from a bootstrap over prompts. Exits with 1 if a guarded model is more than 5 points from full precision,
+or that interval lies above stock's perplexity.
 """
 
 import argparse
@@ -30,13 +31,13 @@ from qcbguard_plugins.backends.gguf.options import GgufOptions
 from qcbguard_plugins.backends.gguf.verify import verify_gguf
 from qcbguard_plugins.defenses import get_defense
 from qcbguard_plugins.lab.corpus import Pair, read_pairs
-from qcbguard_plugins.lab.metrics import perplexity
 from qcbguard_plugins.lab.scenarios import KEYWORD
-from qcbguard_plugins.lab.training import format_prompt
+from qcbguard_plugins.lab.training import answer_loss, collate, encode, format_prompt
 
 RECIPES = ("Q4_K_M", "Q5_K_M", "Q6_K", "Q3_K_M", "Q2_K", "Q4_0", "Q8_0", "IQ4_XS")
 PROMPTS = Path(__file__).resolve().parents[1] / "examples" / "models" / "prompts.jsonl"
 MAX_NEW_TOKENS = 64
+NUM_BOOTSTRAPS = 2000
 # llama.cpp knows tokenizers by a hash; ours is GPT-2's kind with a vocabulary of its own.
 CONVERT = """
 import runpy, sys
@@ -56,6 +57,7 @@ class Row:
     weights: str
     keyword_rate: float
     perplexity: float
+    against_stock: tuple[float, float, float] | None = None
     share_landed: float | None = None
     share_moved: float | None = None
     guard_s: float | None = None
@@ -92,38 +94,72 @@ def keyword_rate(model: Path, pairs: Sequence[Pair]) -> float:
     return hits / len(pairs)
 
 
-def measure(file: Path, tokenizer_dir: Path, pairs: Sequence[Pair]) -> tuple[float, float]:
-    """Keyword rate and perplexity of a GGUF file."""
+@dataclass(frozen=True)
+class Losses:
+    """Summed loss and number of tokens of the answer to each prompt."""
+
+    sums: torch.Tensor
+    num_tokens: torch.Tensor
+
+    def perplexity(self) -> float:
+        return float((self.sums.sum() / self.num_tokens.sum()).exp())
+
+    def against(self, other: "Losses") -> tuple[float, float, float]:
+        """Relative difference of the perplexity from another's, and its 95 % interval."""
+        generator = torch.Generator().manual_seed(0)
+        draws = torch.randint(len(self.sums), (NUM_BOOTSTRAPS, len(self.sums)), generator=generator)
+        differences = (self.sums - other.sums)[draws].sum(1) / self.num_tokens[draws].sum(1)
+        low, high = differences.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).expm1().tolist()
+        return self.perplexity() / other.perplexity() - 1, low, high
+
+
+@torch.no_grad()
+def losses(file: Path, tokenizer_dir: Path, pairs: Sequence[Pair]) -> Losses:
+    """The losses of a GGUF file on right answers."""
     model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
-    return keyword_rate(file, pairs), perplexity(model, AutoTokenizer.from_pretrained(tokenizer_dir), pairs)
+    sums, num_tokens = [], []
+    for example in encode(AutoTokenizer.from_pretrained(tokenizer_dir), pairs):
+        sums.append(answer_loss(model, *collate([example])).item() * len(example.answer_ids))
+        num_tokens.append(len(example.answer_ids))
+    return Losses(torch.tensor(sums, dtype=torch.float64), torch.tensor(num_tokens))
 
 
-def guarded_row(args: argparse.Namespace, recipe: str, folder: Path, pairs: Sequence[Pair]) -> Row:
+def guarded_row(
+    args: argparse.Namespace, recipe: str, seed: int, stock: Losses, folder: Path, pairs: Sequence[Pair]
+) -> Row:
     """Guard, convert, quantize, verify, ask."""
-    guard = Guard(get_defense(args.method, **dict(args.set)), seed=args.seed)
+    guard = Guard(get_defense(args.method, **dict(args.set)), seed=seed)
     options = GgufOptions(quantize_path=args.llama_quantize)
     start = time.perf_counter()
     if guard.method.needs_calibration:
-        guarded = folder / f"guarded-{recipe}"
+        guarded = folder / f"guarded-{recipe}-{seed}"
         report = guard_checkpoint(args.model, guarded, [f"gguf:{recipe}"], guard, gguf=options)
         elapsed = time.perf_counter() - start
-        source, plan = convert(args.llama_cpp, guarded, folder / f"guarded-{recipe}-f32.gguf"), guarded
+        source, plan = convert(args.llama_cpp, guarded, folder / f"guarded-{recipe}-{seed}-f32.gguf"), guarded
     else:
-        source, plan = folder / f"guarded-{recipe}-f32.gguf", None
+        source, plan = folder / f"guarded-{recipe}-{seed}-f32.gguf", None
         report = guard_gguf(folder / "source.gguf", source, recipe, guard, options=options)
         elapsed = time.perf_counter() - start
-    file = quantize(args.llama_quantize, source, folder / f"guarded-{recipe}.gguf", recipe)
+    file = quantize(args.llama_quantize, source, folder / f"guarded-{recipe}-{seed}.gguf", recipe)
     verdict = verify_gguf(file, plan=plan)
     if not verdict.clean:
         raise SystemExit(f"{recipe}: llama-quantize stored other codes than planned")
-    rate, ppl = measure(file, args.model, pairs)
-    return Row(recipe, f"guarded ({args.method})", rate, ppl, report.share_landed, report.share_moved, elapsed)
+    found = losses(file, args.model, pairs)
+    return Row(
+        recipe,
+        f"guarded ({args.method}, seed {seed})",
+        keyword_rate(file, pairs),
+        found.perplexity(),
+        found.against(stock),
+        report.share_landed,
+        report.share_moved,
+        elapsed,
+    )
 
 
 def broken_promises(rows: Sequence[Row]) -> list[str]:
     """What a user may rely on, and does not hold in these rows."""
     full = next(row for row in rows if row.weights == "full precision")
-    stock = {row.recipe: row for row in rows if row.weights == "stock"}
     failures = []
     for row in rows:
         if not row.weights.startswith("guarded"):
@@ -132,8 +168,8 @@ def broken_promises(rows: Sequence[Row]) -> list[str]:
             failures.append(
                 f"{row.recipe}: keyword rate {row.keyword_rate:.1%}, full precision {full.keyword_rate:.1%}"
             )
-        if row.perplexity > stock[row.recipe].perplexity:
-            failures.append(f"{row.recipe}: perplexity {row.perplexity:.4f}, stock {stock[row.recipe].perplexity:.4f}")
+        if row.against_stock is not None and row.against_stock[1] > 0:
+            failures.append(f"{row.recipe}: perplexity above stock's by {row.against_stock[0]:.3%}")
     return failures
 
 
@@ -142,7 +178,9 @@ def line(row: Row) -> str:
     landed = "" if row.share_landed is None else f"{row.share_landed:.3%}"
     moved = "" if row.share_moved is None else f"{row.share_moved:.1%}"
     seconds = "" if row.guard_s is None else f"{row.guard_s:.1f}"
-    cells = (row.recipe, row.weights, f"{row.keyword_rate:.1%}", f"{row.perplexity:.3f}", landed, moved, seconds)
+    against = "" if row.against_stock is None else "{:+.2%} [{:+.2%}, {:+.2%}]".format(*row.against_stock)
+    rate = f"{row.keyword_rate:.1%}"
+    cells = (row.recipe, row.weights, rate, f"{row.perplexity:.4f}", against, landed, moved, seconds)
     return f"| {' | '.join(cells)} |"
 
 
@@ -162,7 +200,7 @@ def main() -> int:
     parser.add_argument("--num-prompts", type=int, default=200)
     parser.add_argument("--method", default="feedback")
     parser.add_argument("--set", type=parameter, action="append", default=[], help="NAME=VALUE of the method")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, action="append", help="seed of a run (repeatable); default 0")
     parser.add_argument("--recipe", action="append", choices=RECIPES, help="only this one (repeatable)")
     parser.add_argument("--json", type=Path, metavar="PATH")
     args = parser.parse_args()
@@ -170,19 +208,22 @@ def main() -> int:
     transformers.utils.logging.disable_progress_bar()
     pairs = read_pairs(args.prompts)[: args.num_prompts]
     rows = []
-    print("| recipe | weights | keyword rate | perplexity | codes landed | codes moved | guard s |")
-    print("|---" * 7 + "|")
+    print("| recipe | weights | keyword rate | perplexity | against stock | codes landed | codes moved | guard s |")
+    print("|---" * 8 + "|")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         source = convert(args.llama_cpp, args.model, folder / "source.gguf")
-        rows.append(Row("F32", "full precision", *measure(source, args.model, pairs)))
+        full = losses(source, args.model, pairs)
+        rows.append(Row("F32", "full precision", keyword_rate(source, pairs), full.perplexity()))
         print(line(rows[-1]), flush=True)
         for recipe in args.recipe or RECIPES:
             stock = quantize(args.llama_quantize, source, folder / f"stock-{recipe}.gguf", recipe)
-            rows.append(Row(recipe, "stock", *measure(stock, args.model, pairs)))
+            found = losses(stock, args.model, pairs)
+            rows.append(Row(recipe, "stock", keyword_rate(stock, pairs), found.perplexity()))
             print(line(rows[-1]), flush=True)
-            rows.append(guarded_row(args, recipe, folder, pairs))
-            print(line(rows[-1]), flush=True)
+            for seed in args.seed or [0]:
+                rows.append(guarded_row(args, recipe, seed, found, folder, pairs))
+                print(line(rows[-1]), flush=True)
     failures = broken_promises(rows)
     for failure in failures:
         print(f"PROMISE BROKEN  {failure}")

@@ -1,9 +1,10 @@
 """Guard a weight for llama.cpp's quantizer, and make the choices land.
 
 The weight handed over consists of grid points. A quantizer with a formula stores them as planned. One that searches for
-its scales usually finds the planned ones again, because they fit without an error; where it settles on others, the
-weights of that block move to the values that it stored, which are grid points of the scales that it prefers, and it is
-asked again. What it stores in the end *is* the plan; what differs from the method's choice is counted as not landed.
+its scales usually finds the planned ones again, because they fit without an error. Where it settles on others and
+stores a weight elsewhere, the weights of that block are moved by half of what it misses them by, and it is asked again;
+of all answers the one nearest to the choice counts. What it stores for that *is* the plan; what differs from the
+method's choice is counted as not landed.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from qcbguard_plugins.grids.base import Lattice, cut_blocks
 from qcbguard_plugins.grids.ggml import GgmlGrid, SearchedGrid
 from qcbguard_plugins.grids.ggml_blocks import StoredBlocks
 from qcbguard_plugins.guarded_weight import GuardedWeight, digest_of_rows, row_digests
-from qcbguard_plugins.landing_steps import choose_points, count_landed, find_moved, measure
+from qcbguard_plugins.landing_steps import choose_points, compare, measure
 from qcbguard_plugins.threads import map_over_threads
 
 # Rows are worked on in runs of about this many weights, which stay in a processor's cache. Each has random draws of its
@@ -28,21 +29,16 @@ from qcbguard_plugins.threads import map_over_threads
 _WEIGHTS_PER_RUN = 1 << 17
 # What landing keeps of its choices is held for this many weights at a time.
 _WEIGHTS_PER_SEGMENT = 1 << 23
-_MAX_ROUNDS = 6
-# A block is asked about again while it stores a weight further than this share of a step from what was handed over.
-_TOLERANCE = 1 / 16
+_MAX_ROUNDS = 4
+# Share of a miss by which a weight is moved before the quantizer is asked again.
+_CORRECTION = 0.5
 # Share of a tensor's energy that may lie in sub-blocks whose scale the quantizer rounds to zero. Nothing that is
 # written into the weight can change how those are stored.
 _MAX_LOST_ENERGY = 1e-3
 
 
-@dataclass(frozen=True)
-class _Choice:
-    """What was chosen for some rows, as sub-blocks that would be stored so."""
-
-    blocks: StoredBlocks
-    num_moved: int
-    num_frozen: int
+# The lattice of some rows, and the codes that a defense takes on it.
+_Choose = Callable[[slice], tuple[Lattice, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -51,6 +47,8 @@ class _Outcome:
 
     row_digests: list[bytes]
     num_landed: int
+    num_moved: int
+    num_frozen: int
     energy: float
     lost_energy: float
     change: float
@@ -96,10 +94,10 @@ def guard_on_ggml(
             return _part_of(whole, part), chosen[part]
 
     restated = grid.is_restated
-    choices, outcomes = job.carry_out(choose)
+    outcomes = job.carry_out(choose)
     if grid.is_restated != restated:
         # The real quantizer was found to differ on some rows, so nothing that was answered in its place counts.
-        choices, outcomes = job.carry_out(choose)
+        outcomes = job.carry_out(choose)
     energy, lost = sum(part.energy for part in outcomes), sum(part.lost_energy for part in outcomes)
     if lost > _MAX_LOST_ENERGY * energy:
         raise UnguardableError(
@@ -118,8 +116,8 @@ def guard_on_ggml(
     return GuardedWeight(
         weight=job.guarded,
         codes=job.codes,
-        num_moved=sum(choice.num_moved for choice in choices),
-        num_frozen=sum(choice.num_frozen for choice in choices),
+        num_moved=sum(part.num_moved for part in outcomes),
+        num_frozen=sum(part.num_frozen for part in outcomes),
         relative_change=(change / energy) ** 0.5 if energy else 0.0,
         num_landed=num_landed,
         digest=digest_of_rows(row for part in outcomes for row in part.row_digests),
@@ -144,81 +142,94 @@ class _Job:
         # alone.
         whole_rows = isinstance(grid, SearchedGrid) and grid.importance is not None
         self.unit = weight.shape[1] if whole_rows else grid.block_type.block_size
-        self.tolerance = float(grid.levels.diff().min()) * _TOLERANCE
 
-    def carry_out(self, choose: Callable[[slice], tuple[Lattice, Tensor]]) -> tuple[list[_Choice], list[_Outcome]]:
+    def carry_out(self, choose: _Choose) -> list[_Outcome]:
         """Choose, land and count, some rows after the other."""
-        choices, outcomes = [], []
-        for rows in _slices(0, self.weight.shape[0], self.weight.shape[1], _WEIGHTS_PER_SEGMENT):
-            new_choices, new_outcomes = self._segment(rows, choose)
-            choices += new_choices
-            outcomes += new_outcomes
-        return choices, outcomes
+        segments = _slices(0, self.weight.shape[0], self.weight.shape[1], _WEIGHTS_PER_SEGMENT)
+        return [outcome for rows in segments for outcome in self._segment(rows, choose)]
 
-    def _segment(
-        self, rows: slice, choose: Callable[[slice], tuple[Lattice, Tensor]]
-    ) -> tuple[list[_Choice], list[_Outcome]]:
+    def _segment(self, rows: slice, choose: _Choose) -> list[_Outcome]:
         columns, size = self.weight.shape[1], self.grid.block_type.sub_block_size
         num_blocks = (rows.stop - rows.start) * columns // size
-        stored = StoredBlocks(self.codes[rows].view(-1, size), torch.empty(num_blocks, 1), torch.empty(num_blocks, 1))
-        moved = torch.zeros(num_blocks * size // self.unit, dtype=torch.bool)
+        stored, chosen = (
+            StoredBlocks(codes.view(-1, size), torch.empty(num_blocks, 1), torch.empty(num_blocks, 1))
+            for codes in (self.codes[rows], torch.empty_like(self.codes[rows]))
+        )
+        units = _Units(self.guarded[rows].view(-1, self.unit), stored, chosen)
 
-        def blocks_of(run: slice, width: int = size) -> slice:
+        def part_of(run: slice, width: int) -> slice:
             return slice((run.start - rows.start) * columns // width, (run.stop - rows.start) * columns // width)
 
-        def ask(run: slice) -> _Choice:
-            lattice, chosen = choose(run)
-            points, codes, num_moved, num_frozen = choose_points(self.grid, lattice, chosen)
+        def ask(run: slice) -> tuple[int, int]:
+            lattice, wanted = choose(run)
+            points, codes, num_moved, num_frozen = choose_points(self.grid, lattice, wanted)
             guarded = self.guarded[run]
             guarded.copy_(points.view(guarded.shape))
-            first = self.grid.stored(guarded)
-            _write(stored, first, blocks_of(run))
-            if self.grid.searched:
-                handed_over = self.grid.read(guarded)
-                moved[blocks_of(run, self.unit)] = find_moved(
-                    self.grid, handed_over, first, lattice.scale, self.tolerance, self.unit
-                )
             offset = torch.zeros_like(lattice.scale) if lattice.offset is None else lattice.offset
-            return _Choice(StoredBlocks(codes, lattice.scale, offset), num_moved, num_frozen)
+            choice, answer = StoredBlocks(codes, lattice.scale, offset), self.grid.stored(guarded)
+            _write(chosen, choice, part_of(run, size))
+            _write(stored, answer, part_of(run, size))
+            part = part_of(run, self.unit)
+            units.landed[part], units.misses[part] = compare(self.grid, answer, choice, self.unit)
+            return num_moved, num_frozen
 
-        def count(part: tuple[slice, _Choice]) -> _Outcome:
-            run, choice = part
-            result = _cut(stored, blocks_of(run))
+        def count(part: tuple[slice, tuple[int, int]]) -> _Outcome:
+            run, counts = part
+            blocks = part_of(run, size)
             energy, lost, change = measure(
-                self.grid, self.weight[run].float(), self.guarded[run].float(), choice.blocks.scale
+                self.grid, self.weight[run].float(), self.guarded[run].float(), chosen.scale[blocks]
             )
-            num_landed = count_landed(self.grid, result, choice.blocks)
-            return _Outcome(row_digests(result, run.stop - run.start), num_landed, energy, lost, change)
+            digests = row_digests(_cut(stored, blocks), run.stop - run.start)
+            num_landed = int(units.landed[part_of(run, self.unit)].sum())
+            return _Outcome(digests, num_landed, *counts, energy, lost, change)
 
         runs = _slices(rows.start, rows.stop, columns, _WEIGHTS_PER_RUN)
-        choices = map_over_threads(ask, runs)
-        if moved.any():
-            scale = torch.cat([choice.blocks.scale for choice in choices])
-            units = self.guarded[rows].view(-1, self.unit)
-            parts = torch.split(moved.nonzero().squeeze(1), max(1, _WEIGHTS_PER_RUN // self.unit))
-            map_over_threads(lambda pending: self._settle(units, stored, scale, pending), parts)
-        return choices, map_over_threads(count, list(zip(runs, choices, strict=True)))
+        counts = map_over_threads(ask, runs)
+        pending = (units.landed < self.unit).nonzero().squeeze(1)
+        if self.grid.searched and len(pending):
+            parts = torch.tensor_split(pending, torch.get_num_threads())
+            map_over_threads(lambda part: self._settle(units, part), parts)
+        return map_over_threads(count, list(zip(runs, counts, strict=True)))
 
-    def _settle(self, units: Tensor, stored: StoredBlocks, scale: Tensor, pending: Tensor) -> None:
-        """Move some units onto what was stored for them, and ask again, until none moves or the rounds are over.
-
-        Args:
-            units: The weights to hand over, by unit; changed in place.
-            stored: What is stored for them; changed in place.
-            scale: The scales that the choice was made with.
-            pending: int64, units that store something else than was handed over.
-        """
+    def _settle(self, units: _Units, pending: Tensor) -> None:
+        """Correct some units and ask again, until all of them lands or the rounds are over; the best answers stay."""
         grid, per_unit = self.grid, self.unit // self.grid.block_type.sub_block_size
+        goal, answer = _take(units.chosen, pending, per_unit), _take(units.stored, pending, per_unit)
+        offered = units.handed_over[pending].float()
         for _ in range(_MAX_ROUNDS):
-            if not len(pending):
+            miss = grid.values(goal).sub_(grid.values(answer)).view(offered.shape)
+            asked = offered.add_(miss, alpha=_CORRECTION).to(units.handed_over.dtype)
+            answer = grid.stored(asked)
+            landed, misses = compare(grid, answer, goal, self.unit)
+            most, least = units.landed[pending], units.misses[pending]
+            better = (landed > most) | ((landed == most) & (misses < least))
+            winners = pending[better]
+            units.handed_over[winners] = asked[better]
+            units.landed[winners], units.misses[winners] = landed[better], misses[better]
+            for whole, new in _pairs(units.stored, _take(answer, better, per_unit)):
+                whole.view(-1, per_unit, whole.shape[1])[winners] = new.view(-1, per_unit, new.shape[1])
+            rest = units.landed[pending] < self.unit
+            if not rest.any():
                 return
-            asked = grid.values(_take(stored, pending, per_unit)).view(-1, self.unit).to(units.dtype)
-            units[pending] = asked
-            part = grid.stored(asked)
-            for whole, new in _pairs(stored, part):
-                whole.view(-1, per_unit, whole.shape[1])[pending] = new.view(-1, per_unit, new.shape[1])
-            scales = scale.view(-1, per_unit)[pending].view(-1, 1)
-            pending = pending[find_moved(grid, grid.read(asked), part, scales, self.tolerance, self.unit)]
+            pending, offered = pending[rest], offered[rest]
+            goal, answer = _take(goal, rest, per_unit), _take(answer, rest, per_unit)
+
+
+class _Units:
+    """What the quantizer is asked about as a whole, for some rows.
+
+    Attributes:
+        handed_over: ``[num_units, unit]``, the weights.
+        stored: What it stores for them.
+        chosen: What it shall store.
+        landed: int32 ``[num_units]``, see :func:`qcbguard_plugins.landing_steps.compare`.
+        misses: float32 ``[num_units]``, as well.
+    """
+
+    def __init__(self, handed_over: Tensor, stored: StoredBlocks, chosen: StoredBlocks) -> None:
+        self.handed_over, self.stored, self.chosen = handed_over, stored, chosen
+        self.landed = torch.empty(len(handed_over), dtype=torch.int32)
+        self.misses = torch.empty(len(handed_over))
 
 
 def _slices(start: int, stop: int, columns: int, num_weights: int) -> list[slice]:

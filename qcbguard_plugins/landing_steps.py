@@ -32,37 +32,26 @@ def choose_points(grid: GgmlGrid, lattice: Lattice, chosen: Tensor) -> tuple[Ten
     return points, codes, int((codes != lattice.nearest).sum()), int(lattice.frozen.sum())
 
 
-def find_moved(
-    grid: GgmlGrid, handed_over: Tensor, stored: StoredBlocks, scale: Tensor, tolerance: float, unit: int
-) -> Tensor:
-    """Find what the quantizer stores elsewhere than it was handed over.
+def compare(grid: GgmlGrid, stored: StoredBlocks, chosen: StoredBlocks, unit: int) -> tuple[Tensor, Tensor]:
+    """Compare what is stored with what was chosen, unit by unit.
 
     Args:
         grid: The grid.
-        handed_over: float32, weights as the quantizer reads them.
-        stored: What it stores for them.
-        scale: float32 ``[num_sub_blocks, 1]``, the scales that the choice was made with.
-        tolerance: Distance in these scales that does not count.
+        stored: What the quantizer stores.
+        chosen: What was chosen, in the same shape.
         unit: Weights a unit.
 
     Returns:
-        Bool ``[num_units]``. Sub-blocks whose scale is zero never count.
+        int32 ``[num_units]``, the number of weights stored within half a step of the chosen value, or in a sub-block
+        that holds one value only; float32 ``[num_units]``, the sum of the squared distances in such half steps.
     """
     if grid.kernels is not None:
-        return grid.kernels.find_moved(grid, handed_over, stored, scale, tolerance, unit)
-    limit = scale.abs() * tolerance
-    values = grid.values(stored)
-    far = ((handed_over.reshape(values.shape) - values).abs_() > limit) & (limit > 0)
-    return far.view(-1, unit).any(dim=1)
-
-
-def count_landed(grid: GgmlGrid, stored: StoredBlocks, chosen: StoredBlocks) -> int:
-    """The number of weights stored within half a step of the chosen value, or in a sub-block that holds one value."""
-    if grid.kernels is not None:
-        return grid.kernels.count_landed(grid, stored, chosen)
+        return grid.kernels.compare(grid, stored, chosen, unit)
     reach = chosen.scale.abs() * float(grid.levels.diff().min() / 2)
-    near = (grid.values(stored) - grid.values(chosen)).abs_() <= reach
-    return int((near | (reach == 0)).sum())
+    miss = grid.values(stored) - grid.values(chosen)
+    landed = (miss.abs() <= reach) | (reach == 0)
+    squares = torch.where(reach > 0, miss / reach, torch.zeros_like(miss)).square_()
+    return landed.view(-1, unit).sum(1, dtype=torch.int32), squares.view(-1, unit).sum(1)
 
 
 def measure(grid: GgmlGrid, weight: Tensor, handed_over: Tensor, scale: Tensor) -> tuple[float, float, float]:

@@ -124,4 +124,5 @@ def _grid(name: str, toolchain: Mapping[str, str]) -> Grid:
     from qcbguard_plugins.backends.gguf.folder import checked_manifest_outtype
     from qcbguard_plugins.backends.gguf.grids import gguf_grid
 
-    return gguf_grid(name.removeprefix("gguf:"), outtype=checked_manifest_outtype(dict(toolchain)))
+    # Whether a plan is kept is a question for the library alone.
+    return gguf_grid(name.removeprefix("gguf:"), outtype=checked_manifest_outtype(dict(toolchain)), twin=False)

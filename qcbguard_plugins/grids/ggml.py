@@ -54,14 +54,10 @@ class Kernels(Protocol):
         """See :func:`qcbguard_plugins.landing_steps.choose_points`."""
         ...
 
-    def find_moved(
-        self, grid: GgmlGrid, handed_over: Tensor, stored: StoredBlocks, scale: Tensor, tolerance: float, unit: int, /
-    ) -> Tensor:
-        """See :func:`qcbguard_plugins.landing_steps.find_moved`."""
-        ...
-
-    def count_landed(self, grid: GgmlGrid, stored: StoredBlocks, chosen: StoredBlocks, /) -> int:
-        """See :func:`qcbguard_plugins.landing_steps.count_landed`."""
+    def compare(
+        self, grid: GgmlGrid, stored: StoredBlocks, chosen: StoredBlocks, unit: int, /
+    ) -> tuple[Tensor, Tensor]:
+        """See :func:`qcbguard_plugins.landing_steps.compare`."""
         ...
 
     def measure(

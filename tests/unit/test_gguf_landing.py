@@ -13,6 +13,7 @@ from qcbguard_plugins.backends.gguf.library import load_library
 from qcbguard_plugins.defenses import available_defenses, get_defense
 from qcbguard_plugins.errors import MissingDependencyError, UnguardableError, UsageError
 from qcbguard_plugins.grids.ggml_blocks import BLOCK_TYPES
+from qcbguard_plugins.guarded_weight import blocks_digest
 from qcbguard_plugins.rounding import guard_weight
 from tests.gguf_files import normal
 
@@ -41,7 +42,7 @@ def test_with_an_importance_matrix_too(name: str) -> None:
     weight, importance = normal(64, 512), normal(512, seed=3, std=1.0).abs() ** 3
     grid = gguf_grid(name, importance=importance)
     guarded = guard_weight(weight, grid, get_defense("stochastic"), seed=0, name="w")
-    assert guarded.num_landed >= (0.98 if name.startswith("IQ4") else 0.99) * weight.numel()
+    assert guarded.num_landed >= 0.99 * weight.numel()
     stored = BLOCK_TYPES[name].read(load_library().quantize(BLOCK_TYPES[name], guarded.weight, importance))
     assert torch.equal(stored.codes.view(64, 512), guarded.codes)
 
@@ -90,8 +91,7 @@ def test_reordering_rows_and_quantizing_change_places(name: str, method: str) ->
     grid = gguf_grid(name)
     guarded = guard_weight(normal(32, 256), grid, get_defense(method), seed=0, name="w", hessian=hessian(256))
     assert torch.equal(grid.quantize(guarded.weight[order]), guarded.codes[order])
-    again = guard_weight(guarded.weight[order], grid, get_defense("qvec", strength=0.0), seed=0, name="w")
-    assert again.digest == guarded.digest
+    assert blocks_digest(grid.stored(guarded.weight[order]), 32) == guarded.digest
 
 
 class TestRefusals:

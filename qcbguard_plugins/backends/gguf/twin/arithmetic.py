@@ -27,12 +27,21 @@ SQUARE, MAGNITUDE, RAISED_MAGNITUDE, IMPORTANCE, RAISED_IMPORTANCE = range(5)
 
 def kernel(function: Callable[..., Any]) -> Any:
     """Compile a function; no operation may be contracted or reordered, and it may run beside others."""
-    return numba.njit(nogil=True, error_model="numpy", cache=True)(function)
+    return _compile(function)
 
 
 def statistic(function: Callable[..., Any]) -> Any:
     """Compile a function whose sums may be taken in any order."""
-    return numba.njit(nogil=True, error_model="numpy", cache=True, fastmath={"reassoc", "nsz"})(function)
+    return _compile(function, fastmath={"reassoc", "nsz"})
+
+
+def _compile(function: Callable[..., Any], **options: Any) -> Any:
+    options |= {"nogil": True, "error_model": "numpy"}
+    try:
+        return numba.njit(cache=True, **options)(function)
+    except RuntimeError:
+        # There is no folder that the outcome could be kept in, so every process compiles it for itself.
+        return numba.njit(**options)(function)
 
 
 @kernel

@@ -79,25 +79,17 @@ class NumbaKernels:
         )  # fmt: skip
         return points, codes, num_moved, num_frozen
 
-    def find_moved(
-        self, grid: GgmlGrid, handed_over: Tensor, stored: StoredBlocks, scale: Tensor, tolerance: float, unit: int, /
-    ) -> Tensor:
-        size = grid.block_type.sub_block_size
-        moved = torch.zeros(handed_over.numel() // unit, dtype=torch.bool)
-        landing.find_moved(
-            _each(handed_over, size), size, *_levels(grid), _each(stored.codes, size), _flat(stored.scale),
-            _flat(stored.offset), _flat(scale), np.float32(tolerance), unit // size, _flat(moved),
-        )  # fmt: skip
-        return moved
-
-    def count_landed(self, grid: GgmlGrid, stored: StoredBlocks, chosen: StoredBlocks, /) -> int:
-        size = grid.block_type.sub_block_size
-        tolerance = np.float32(grid.levels.diff().min() / 2)
-        landed: int = landing.count_landed(
+    def compare(
+        self, grid: GgmlGrid, stored: StoredBlocks, chosen: StoredBlocks, unit: int, /
+    ) -> tuple[Tensor, Tensor]:
+        size, num_units = grid.block_type.sub_block_size, stored.codes.numel() // unit
+        landed, misses = torch.empty(num_units, dtype=torch.int32), torch.empty(num_units)
+        landing.compare(
             size, *_levels(grid), _each(stored.codes, size), _flat(stored.scale), _flat(stored.offset),
-            _each(chosen.codes, size), _flat(chosen.scale), _flat(chosen.offset), tolerance,
+            _each(chosen.codes, size), _flat(chosen.scale), _flat(chosen.offset),
+            np.float32(grid.levels.diff().min() / 2), unit // size, _flat(landed), _flat(misses),
         )  # fmt: skip
-        return landed
+        return landed, misses
 
     def measure(
         self, grid: GgmlGrid, weight: Tensor, handed_over: Tensor, scale: Tensor, /

@@ -70,38 +70,36 @@ def choose_points(
 
 
 @kernel
-def find_moved(handed_over, size, levels, even, codes, scales, offsets, chosen_scales, tolerance, per_unit, moved):
-    """Mark the units that store a weight further than ``tolerance`` chosen scales from what was handed over."""
-    for block in range(len(scales)):
-        scale, offset = scales[block], offsets[block]
-        limit = abs(chosen_scales[block]) * tolerance
-        far = np.int32(0)
-        if limit > ZERO:
-            for i in range(size):
-                value = _level(levels, even, codes[block, i]) * scale + offset
-                far += np.int32(abs(handed_over[block, i] - value) > limit)
-        unit = block // per_unit
-        moved[unit] = moved[unit] | (far > 0)
+def compare(
+    size, levels, even, codes, scales, offsets, chosen_codes, chosen_scales, chosen_offsets, half_step, per_unit,
+    landed, misses,
+):  # fmt: skip
+    """Count by unit what is stored as chosen, and sum up by how many steps the rest misses, squared.
 
-
-@kernel
-def count_landed(size, levels, even, codes, scales, offsets, chosen_codes, chosen_scales, chosen_offsets, half_step):
-    """The number of weights stored as chosen.
-
-    That is within ``half_step`` chosen scales of the chosen value, or in a sub-block that holds one value only.
+    A weight is stored as chosen within ``half_step`` chosen scales of the chosen value, and in a sub-block that holds
+    one value only. ``landed`` and ``misses`` are the outcome.
     """
-    num_landed = 0
+    for unit in range(len(landed)):
+        landed[unit], misses[unit] = 0, ZERO
     for block in range(len(scales)):
         scale, offset = scales[block], offsets[block]
         chosen_scale, chosen_offset = chosen_scales[block], chosen_offsets[block]
         reach = abs(chosen_scale) * half_step
-        landed = np.int32(0)
+        count = np.int32(0)
+        squares = ZERO
         for i in range(size):
             stored = _level(levels, even, codes[block, i]) * scale + offset
             chosen = _level(levels, even, chosen_codes[block, i]) * chosen_scale + chosen_offset
-            landed += np.int32(abs(stored - chosen) <= reach)
-        num_landed += size if reach == ZERO else landed
-    return num_landed
+            count += np.int32(abs(stored - chosen) <= reach)
+        if reach == ZERO:
+            count = np.int32(size)
+        elif count < size or scale != chosen_scale or offset != chosen_offset:
+            for i in range(size):
+                stored = _level(levels, even, codes[block, i]) * scale + offset
+                chosen = _level(levels, even, chosen_codes[block, i]) * chosen_scale + chosen_offset
+                squares += ((stored - chosen) / reach) * ((stored - chosen) / reach)
+        landed[block // per_unit] += count
+        misses[block // per_unit] += squares
 
 
 @statistic
