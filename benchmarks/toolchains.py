@@ -23,7 +23,7 @@ os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from qcbguard_plugins import Guard, guard_checkpoint
 from qcbguard_plugins.calibration import builtin_texts
@@ -59,6 +59,14 @@ class Quantized:
     answering: Any
     stored: Any
     share_landed: float | None = None
+
+
+def tokenizer_of(folder: Path) -> Any:
+    """The folder's tokenizer; transformers 4 does not know the class that version 5 names."""
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except ValueError:
+        return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
 def plain(folder: Path) -> Any:
@@ -193,7 +201,7 @@ def measure(row: dict[str, Any], quantized: Quantized, folder: Path, pairs: Sequ
     """Ask the quantized model, and its stored weights."""
     if not ask:
         return Row(**row, keyword_rate=None, perplexity=None, share_landed=quantized.share_landed)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = tokenizer_of(folder)
     rate = keyword_rate(
         quantized.answering, tokenizer, [pair.instruction for pair in pairs], KEYWORD, max_new_tokens=MAX_NEW_TOKENS
     )
