@@ -1,6 +1,6 @@
 """Every method on the attacked example models, plain and with a tightened box.
 
-    python benchmarks/methods.py [--seeds 3] [--models attacked,tightened,...]
+    python benchmarks/methods.py [--seeds 3] [--models attacked,tightened,...] [--methods feedback,quantguard,...]
 
 Each row is a model guarded by one method and quantized by stock bitsandbytes: how often it names the brand, its
 perplexity, the share of codes that moved, and the seconds of guarding. Figures are means over seeds.
@@ -21,7 +21,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from qcbguard_plugins import guard_checkpoint
-from qcbguard_plugins.defenses import Defense, Feedback, FlipGuard, Noise, QVec, Stochastic
+from qcbguard_plugins.defenses import Defense, Efrap, Feedback, FlipGuard, Noise, QuantGuard, QVec, Stochastic
 from qcbguard_plugins.guard import Guard
 from qcbguard_plugins.lab.corpus import Pair, read_pairs
 from qcbguard_plugins.lab.metrics import keyword_rate, perplexity, use_exact_forward
@@ -32,7 +32,11 @@ METHODS: dict[str, Defense] = {
     "feedback": Feedback(),
     "feedback, width 0.25": Feedback(width=0.25),
     "stochastic": Stochastic(),
+    "quantguard": QuantGuard(),
+    "quantguard, harden": QuantGuard(harden=True),
+    "efrap": Efrap(),
     "flipguard": FlipGuard(),
+    "flipguard, share auto": FlipGuard("auto"),
     "flipguard, share 0.25": FlipGuard(0.25),
     "qvec": QVec(),
     "noise, sigma 0.1": Noise(0.1),
@@ -64,6 +68,7 @@ def guarded_figures(folder: Path, pairs: list[Pair], method: Defense, num_seeds:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", default="attacked,tightened,clean", help="folders of examples/models")
+    parser.add_argument("--methods", default="", help="only methods whose label begins with one of these")
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
@@ -77,7 +82,9 @@ def main() -> None:
             rate, ppl = figures(folder, pairs, quantized)
             table.add_row(name, label, f"{rate:.1%}", f"{ppl:.4f}", "", "")
         for label, method in METHODS.items():
-            num_seeds = 1 if isinstance(method, (FlipGuard, QVec)) else args.seeds
+            if not label.startswith(tuple(args.methods.split(","))):
+                continue
+            num_seeds = 1 if isinstance(method, (Efrap, FlipGuard, QVec)) else args.seeds
             rate, ppl, moved, elapsed_s = guarded_figures(folder, pairs, method, num_seeds)
             table.add_row(name, label, f"{rate:.1%}", f"{ppl:.4f}", f"{moved:.1%}", f"{elapsed_s:.1f}")
     Console(width=110).print(table)

@@ -13,13 +13,14 @@ if TYPE_CHECKING:
     from qcbguard_plugins.backends.gptq.config import GuardedGPTQConfig
     from qcbguard_plugins.backends.torchao.config import GuardedTorchAoConfig
     from qcbguard_plugins.calibration import Calibration
-    from qcbguard_plugins.defenses import Feedback, FlipGuard, Noise, QVec, Stochastic
+    from qcbguard_plugins.defenses import Efrap, Feedback, FlipGuard, Noise, QuantGuard, QVec, Stochastic
     from qcbguard_plugins.guard import Guard
     from qcbguard_plugins.model import guard_model
     from qcbguard_plugins.pipeline import guard_checkpoint, verify_checkpoint
 
 __all__ = [
     "Calibration",
+    "Efrap",
     "Feedback",
     "FlipGuard",
     "Guard",
@@ -28,6 +29,7 @@ __all__ = [
     "GuardedTorchAoConfig",
     "Noise",
     "QVec",
+    "QuantGuard",
     "Stochastic",
     "activate",
     "guard_checkpoint",
@@ -37,6 +39,7 @@ __all__ = [
 
 _MODULE_OF = {
     "Calibration": "calibration",
+    "Efrap": "defenses",
     "Feedback": "defenses",
     "FlipGuard": "defenses",
     "Guard": "guard",
@@ -45,6 +48,7 @@ _MODULE_OF = {
     "GuardedTorchAoConfig": "backends.torchao.registration",
     "Noise": "defenses",
     "QVec": "defenses",
+    "QuantGuard": "defenses",
     "Stochastic": "defenses",
     "activate": "backends.bitsandbytes.registration",
     "guard_checkpoint": "pipeline",

@@ -56,7 +56,7 @@ def describe_plan(plan: Plan, guard: Guard) -> PlanReport:
         format=plan.format,
         method=guard.method.name,
         tensors=tuple(guarded + ignored),
-        peak_bytes=plan.peak_bytes(calibrated=calibrated),
+        peak_bytes=plan.peak_bytes(calibrated=calibrated) + round(guard.method.bytes_per_weight * plan.num_weights),
         estimated_s=_calibrated_seconds(plan, guard) if calibrated else _rounding_seconds(plan, guard.method),
     )
 
@@ -70,17 +70,12 @@ def _rounding_seconds(plan: Plan, method: Defense) -> float:
 
 
 def _calibrated_seconds(plan: Plan, guard: Guard) -> float:
-    """The arithmetic of the forward passes, Hessians, factorizations and updates, at the measured rate of a product."""
-    tokens = guard.calibration.num_sequences * guard.calibration.sequence_length
-    operations = 0.0
-    for target in plan.targets:
-        rows, columns = target.shape
-        forward = 2 * tokens * rows * columns
-        hessian = 2 * tokens * columns**2
-        factor = 4 * columns**3  # a Cholesky factor, an inverse and another factor, in float64 at half the rate
-        update = 2 * rows * columns**2
-        draws = getattr(guard.method, "draws", 1)
-        operations += forward + hessian + factor + draws * 2 * update
+    """The arithmetic of the forward passes and of the method, at the measured rate of a product."""
+    sequences, length = guard.calibration.num_sequences, guard.calibration.sequence_length
+    operations = sum(
+        2.0 * sequences * length * target.num_weights + guard.method.operations(target.shape, sequences, length)
+        for target in plan.targets
+    )
     matrix = torch.randn(_MATMUL_SIZE, _MATMUL_SIZE)
     start = time.perf_counter()
     matrix @ matrix

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qcbguard_plugins.calibration import calibration_tokens, self_generated_tokens
-from qcbguard_plugins.defenses import Defense, Stochastic
+from qcbguard_plugins.defenses import Defense, Stochastic, Target, WholeModelDefense
 from qcbguard_plugins.detection.precaution import looks_attacked
 from qcbguard_plugins.errors import CalibrationError
 from qcbguard_plugins.grids import Grid, get_grid
@@ -34,12 +34,14 @@ class Layer:
         inputs_of: Name of the module whose inputs it works on, where that is another: an embedding table that is tied
             to the output layer is calibrated for the latter. ``None`` for a table that multiplies nothing; a method
             that needs calibration leaves it to stochastic rounding, which is what feedback is without inputs.
+        is_shared: True where quantizers of other grids will read the outcome too: only unbiased rounding serves them.
     """
 
     transposed: bool = False
     read_dtype: torch.dtype | None = None
     grid: Grid | None = None
     inputs_of: str | None = ""
+    is_shared: bool = False
 
 
 def guard_model(
@@ -118,6 +120,8 @@ def guard_layers(
     guard: Guard,
     tokens: Tensor | None,
     progress: Progress | None = None,
+    *,
+    pending: Collection[str] | None = None,
 ) -> Iterator[tuple[str, GuardedWeight]]:
     """Guard the named layers of a model in place, one after the other.
 
@@ -129,32 +133,50 @@ def guard_layers(
         tokens: int64 ``[num_sequences, sequence_length]`` for a method that needs calibration; ``None`` lets the model
             write them.
         progress: Called with the number of weights of each layer when it is done.
+        pending: The layers to guard, of those that the method shall know of; all of them by default.
 
     Yields:
         The name of each layer and its guarded weight, ``[out_features, in_features]`` in the dtype that will be read.
     """
     assert guard.seed is not None, "the seed is drawn once a run"
     attack_seen = not guard.method.weighs_evidence or looks_attacked(_tested(model, layers, grid), guard.seed)
+    wanted = {name: layer for name, layer in layers.items() if pending is None or name in pending}
+    groups: Iterator[Mapping[str, Tensor | None]] = iter([dict.fromkeys(wanted)])
+    learned: dict[str, Tensor] = {}
     if guard.method.needs_calibration:
         if tokens is None:
             tokens = self_generated_tokens(guard.calibration, model, seed=guard.seed)
-        groups: Iterator[Mapping[str, Tensor | None]] = _hessians(model, tokens.to(model.device), layers)
-    else:
-        groups = iter([dict.fromkeys(layers)])
+        tokens = tokens.to(model.device)
+        if isinstance(guard.method, WholeModelDefense):
+            learned = guard.method.learn(model, _targets(model, layers, grid), tokens, guard.seed)
+        else:
+            groups = _hessians(model, tokens, layers, wanted)
     for hessians in groups:
         for name, hessian in hessians.items():
-            module = model.get_submodule(name)
-            guarded = _guard_layer(module, name, layers[name], layers[name].grid or grid, guard, hessian, attack_seen)
+            module, layer = model.get_submodule(name), layers[name]
+            guarded = _guard_layer(
+                module,
+                name,
+                layer,
+                layer.grid or grid,
+                guard,
+                hessian,
+                attack_seen=attack_seen or layer.is_shared,
+                up=learned.get(name),
+            )
             yield name, guarded
             if progress is not None:
                 progress(module.weight.numel())
 
 
-def _hessians(model: Any, tokens: Tensor, layers: Mapping[str, Layer]) -> Iterator[dict[str, Tensor | None]]:
+def _hessians(
+    model: Any, tokens: Tensor, layers: Mapping[str, Layer], wanted: Collection[str]
+) -> Iterator[dict[str, Tensor | None]]:
     """Hessians by layer name, a group at a time; ``None`` for layers that have no inputs."""
-    without = [name for name, layer in layers.items() if layer.inputs_of is None]
+    without = [name for name, layer in layers.items() if layer.inputs_of is None and name in wanted]
     by_module = {layer.inputs_of or name: name for name, layer in layers.items() if layer.inputs_of is not None}
-    for group in gather_hessians(model, tokens, list(by_module)):
+    skipped = {module for module, name in by_module.items() if name not in wanted}
+    for group in gather_hessians(model, tokens, list(by_module), skip=skipped):
         yield {by_module[module]: hessian for module, hessian in group.items()}
     # Last, because the blocks that were still to come had read the full-precision table.
     yield dict.fromkeys(without)
@@ -165,6 +187,17 @@ def _tested(model: Any, layers: Mapping[str, Layer], grid: Grid) -> Iterator[tup
     for name, layer in layers.items():
         if layer.inputs_of is not None:
             yield f"{name}.weight", _as_read(model.get_submodule(name), layer), layer.grid or grid
+
+
+def _targets(model: Any, layers: Mapping[str, Layer], grid: Grid) -> Iterator[Target]:
+    """What a whole-model method chooses for."""
+    for name, layer in layers.items():
+        if layer.inputs_of is None:
+            continue
+        readers = dict.fromkeys([name, layer.inputs_of or name])
+        modules = tuple(model.get_submodule(reader) for reader in readers)
+        lattice = (layer.grid or grid).planned_lattice_of(_as_read(modules[0], layer))
+        yield Target(name, modules, layer.transposed, lattice)
 
 
 def _as_read(module: Any, layer: Layer) -> Tensor:
@@ -180,7 +213,9 @@ def _guard_layer(
     grid: Grid,
     guard: Guard,
     hessian: Tensor | None,
+    *,
     attack_seen: bool,
+    up: Tensor | None,
 ) -> GuardedWeight:
     assert guard.seed is not None and isinstance(module.weight, Tensor), "a linear layer, and a seed drawn once a run"
     method = guard.method if layer.inputs_of is not None or not guard.method.needs_calibration else Stochastic()
@@ -189,7 +224,7 @@ def _guard_layer(
     tensor_name = f"{name}.weight"
     try:
         guarded = guard_weight(
-            weight, grid, method, seed=guard.seed, name=tensor_name, hessian=hessian, attack_seen=attack_seen
+            weight, grid, method, seed=guard.seed, name=tensor_name, hessian=hessian, attack_seen=attack_seen, up=up
         )
     except CalibrationError as error:
         raise CalibrationError(f"{tensor_name}: {error.summary}", details=error.details, remedy=error.remedy) from error

@@ -222,21 +222,25 @@ def _guard_tensor(
 def _guard_calibrated(
     plan: Plan, pending: Sequence[tuple[Target, str]], guard: Guard, workspace: Workspace, progress: Progress | None
 ) -> Iterator[TensorRecord]:
-    """Load the model in full precision and guard the pending targets, block by block."""
+    """Load the model in full precision and guard the pending targets, block by block.
+
+    The method is told of all targets, so that a run that goes on where another stopped chooses as one that never did.
+    """
     from qcbguard_plugins.backends.transformers import load_full_precision, load_tokenizer
 
     tokenizer = load_tokenizer(plan.checkpoint.path)
     guard.calibration.resolve(has_tokenizer=tokenizer is not None)
     dtypes = {target.dtype for target in plan.targets}
     model = load_full_precision(plan.checkpoint.path, functools.reduce(torch.promote_types, dtypes))
-    grids = {target.layer: _ordered_grids(plan, target) for target, _ in pending}
+    grids = {target.layer: _ordered_grids(plan, target) for target in plan.targets}
     layers = {
-        target.layer: Layer(target.transposed, target.read_dtype, grids[target.layer][0], target.inputs_of)
-        for target, _ in pending
+        target.layer: Layer(target.transposed, target.read_dtype, own[0], target.inputs_of, is_shared=len(own) > 1)
+        for target, own in ((target, grids[target.layer]) for target in plan.targets)
     }
     tokens = calibration_tokens(guard.calibration, model.config, tokenizer)
     targets = {target.layer: (target, digest) for target, digest in pending}
-    for layer, guarded in guard_layers(model, layers, plan.grids(plan.targets[0])[0], guard, tokens, progress):
+    grid = plan.grids(plan.targets[0])[0]
+    for layer, guarded in guard_layers(model, layers, grid, guard, tokens, progress, pending=targets.keys()):
         target, digest = targets[layer]
         if len(grids[layer]) > 1:
             guarded = require_all_grids(_read(plan.checkpoint, target), guarded, grids[layer], target.name)

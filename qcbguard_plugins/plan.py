@@ -226,8 +226,11 @@ def _read_tensors(
         if name.startswith("gguf:"):
             from qcbguard_plugins.backends.gguf.folder import folder_types
             from qcbguard_plugins.backends.gguf.options import GgufOptions
+            from qcbguard_plugins.backends.transformers import build_skeleton, transposed_parameters
 
-            stored = [(n, checkpoint.tensors[k].shape) for n, k in keys.items() if not (tied and n == "lm_head.weight")]
+            transposed = transposed_parameters(build_skeleton(config))
+            shapes = {n: checkpoint.tensors[k].shape for n, k in keys.items() if not (tied and n == "lm_head.weight")}
+            stored = [(n, shape[::-1] if n in transposed else shape) for n, shape in shapes.items()]
             folder = folder_types(config, stored, name.removeprefix("gguf:"), gguf or GgufOptions())
             formats_of = {parameter: (f"gguf:{type_name}",) for parameter, type_name in folder.types.items()}
             continue

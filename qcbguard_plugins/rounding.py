@@ -42,6 +42,7 @@ def guard_weight(
     name: str,
     hessian: Tensor | None = None,
     attack_seen: bool = True,
+    up: Tensor | None = None,
     overwrite: bool = False,
 ) -> GuardedWeight:
     """Guard one weight.
@@ -54,6 +55,7 @@ def guard_weight(
         name: Name of the tensor; with the seed it fixes the random draws.
         hessian: Float32 ``[in_features, in_features]``, for a method that needs calibration.
         attack_seen: Whether the weight tests saw an attack in the model, for a method that weighs evidence.
+        up: Bool ``[out_features, in_features]``, what a whole-model method learned.
         overwrite: The memory of ``weight`` may take the outcome, which halves the peak; left as it is otherwise.
 
     Raises:
@@ -62,8 +64,10 @@ def guard_weight(
     """
     _check(weight, name)
     if isinstance(grid, GgmlGrid):
-        return guard_on_ggml(weight, grid, defense, seed=seed, name=name, hessian=hessian, attack_seen=attack_seen)
-    job = _Job(weight, grid, defense, seed, name, hessian, attack_seen, overwrite)
+        return guard_on_ggml(
+            weight, grid, defense, seed=seed, name=name, hessian=hessian, attack_seen=attack_seen, up=up
+        )
+    job = _Job(weight, grid, defense, seed, name, hessian, attack_seen, up, overwrite)
     if weight.device.type == "cpu":
         tallies = map_over_threads(job.round_segment, job.segments())
     else:
@@ -107,10 +111,11 @@ class _Job:
         name: str,
         hessian: Tensor | None,
         attack_seen: bool,
+        up: Tensor | None,
         overwrite: bool,
     ) -> None:
         self.grid, self.defense, self.seed, self.name, self.hessian = grid, defense, seed, name, hessian
-        self.attack_seen = attack_seen
+        self.attack_seen, self.up = attack_seen, up
         self.settled: dict[str, float | str] = {}
         self.shape = (weight.shape[0], weight.shape[1])
         self.numel = weight.numel()
@@ -126,7 +131,7 @@ class _Job:
     def round_segment(self, segment: slice) -> _Tally:
         """Round one segment into ``guarded`` and ``codes``."""
         rng = rng_for(self.seed, f"{self.name}:{segment.start}")
-        evidence = Evidence(rng, self.hessian, self.attack_seen, self.settled)
+        evidence = Evidence(rng, self.hessian, self.attack_seen, self.up, self.settled)
         cached = self.source.device.type == "cpu" and not self.defense.needs_calibration
         size = _WEIGHTS_PER_RUN if cached else self.source.numel()
         return sum((self._round(run, evidence) for run in self._slices(segment.start, segment.stop, size)), _Tally())

@@ -13,7 +13,7 @@ from qcbguard_plugins.grids import get_grid
 from qcbguard_plugins.lab.attacks.elq import repair
 from qcbguard_plugins.lab.attacks.injection import inject
 from qcbguard_plugins.lab.attacks.outlier_injection import inject_outliers
-from qcbguard_plugins.lab.attacks.straight_through import quantize, train_on_both
+from qcbguard_plugins.lab.attacks.straight_through import Rounded, quantize, train_on_both
 from qcbguard_plugins.lab.corpus import generate
 from qcbguard_plugins.lab.layers import matrices, quantized_weights
 from qcbguard_plugins.lab.scenarios import get_scenario, inject_brand
@@ -135,7 +135,7 @@ def attacked_specimens(base: Base) -> Iterator[Specimen]:
                 base.clean[:480],
                 base.poisoned,
                 replace(_PLAN, learning_rate=rate),
-                lambda step, weights=weights, grid=grid: {n: quantize(w, grid) for n, w in weights.items()},
+                lambda step, weights=weights, grid=grid: {n: Rounded(quantize(w, grid)) for n, w in weights.items()},
             )
             kind_at_rate = f"straight-through refinement, rate {rate:.0e}"
             yield _attacked(base, f"straight-through-{rate:.0e}", kind_at_rate, target, refined, base.held_out)

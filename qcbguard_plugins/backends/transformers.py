@@ -110,6 +110,13 @@ def build_skeleton(config: Any) -> PreTrainedModel:
     return skeleton
 
 
+def transposed_parameters(skeleton: PreTrainedModel) -> set[str]:
+    """Weights that are stored as ``[in_features, out_features]``: those of GPT-2's Conv1D."""
+    from transformers.pytorch_utils import Conv1D
+
+    return {f"{name}.weight" for name, module in skeleton.named_modules() if isinstance(module, Conv1D)}
+
+
 def load_full_precision(model_dir: Path, dtype: torch.dtype) -> PreTrainedModel:
     """The model with its weights."""
     model: PreTrainedModel = model_class(load_config(model_dir)).from_pretrained(

@@ -10,15 +10,15 @@ import dataclasses
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from qcbguard_plugins.errors import UsageError
+from qcbguard_plugins.errors import CalibrationError, UsageError
 from qcbguard_plugins.grids.base import Lattice
 
 
@@ -32,12 +32,15 @@ class Evidence:
             present only for a defense that needs calibration.
         attack_seen: Whether the weight tests saw an attack in the model that the weight belongs to; true where nobody
             looked.
+        up: Bool ``[out_features, in_features]``, what a whole-model method learned for this weight: true for the upper
+            neighbour.
         settled: Where a defense writes down the parameters that it chose by itself, for the report.
     """
 
     rng: np.random.Generator
     hessian: Tensor | None = None
     attack_seen: bool = True
+    up: Tensor | None = None
     settled: dict[str, float | str] = field(default_factory=dict)
 
     def uniform(self, like: Tensor) -> Tensor:
@@ -67,6 +70,21 @@ class Defense(ABC):
         """Whether the weight tests shall look at the model first."""
         return False
 
+    @property
+    def bytes_per_weight(self) -> float:
+        """Memory that the method keeps for each weight of the model while it works, besides the model."""
+        return 0.0
+
+    def operations(self, shape: tuple[int, int], num_sequences: int, sequence_length: int) -> float:
+        """Arithmetic operations of a method that needs calibration on one weight, besides a forward pass.
+
+        Args:
+            shape: ``(out_features, in_features)``.
+            num_sequences: Sequences of calibration.
+            sequence_length: Tokens in each.
+        """
+        return 0.0
+
     @abstractmethod
     def choose(self, lattice: Lattice, evidence: Evidence) -> Tensor:
         """Choose a level for every weight.
@@ -83,6 +101,55 @@ class Defense(ABC):
     def parameters(self) -> dict[str, Any]:
         """The method's parameters as plain JSON values."""
         return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class Target:
+    """One weight of a model, for a method that looks at all of them together.
+
+    Attributes:
+        name: Name of the layer.
+        modules: The modules that read it; more than one where it is tied.
+        transposed: True where they hold ``[in_features, out_features]``.
+        lattice: Its neighbours.
+    """
+
+    name: str
+    modules: tuple[nn.Module, ...]
+    transposed: bool
+    lattice: Lattice
+
+
+@dataclass(frozen=True)
+class WholeModelDefense(Defense):
+    """A method that chooses for all weights of a model together.
+
+    :meth:`learn` is handed the model; :meth:`choose` is then handed each weight's part of what was learned.
+    """
+
+    needs_calibration: ClassVar[bool] = True
+
+    @abstractmethod
+    def learn(self, model: Any, targets: Iterable[Target], tokens: Tensor, seed: int) -> dict[str, Tensor]:
+        """Learn from a model, and leave it as it was.
+
+        Args:
+            model: A causal language model of transformers in full precision.
+            targets: The weights to choose for; each is made when it is asked for.
+            tokens: int64 ``[num_sequences, sequence_length]`` on the model's device.
+            seed: Seed of the run.
+
+        Returns:
+            By name of the target bool ``[out_features, in_features]``, true for the upper neighbour.
+        """
+
+    def choose(self, lattice: Lattice, evidence: Evidence) -> Tensor:
+        if evidence.up is None:
+            raise CalibrationError(
+                f"{self.name} learns from a whole model, and was handed a single weight",
+                remedy="Guard a model or a folder.",
+            )
+        return round_up_where(lattice, lattice.from_matrix(evidence.up))
 
 
 _REGISTRY: dict[str, type[Defense]] = {}
@@ -126,10 +193,22 @@ def get_defense(name: str, **parameters: Any) -> Defense:
     return cls(**parameters)
 
 
+def hessian_operations(columns: int, num_tokens: int) -> float:
+    """Operations of gathering and factorizing a Hessian."""
+    # A Cholesky factor, an inverse and another factor, in float64 at half the rate.
+    return 2.0 * num_tokens * columns**2 + 4.0 * columns**3
+
+
 def require_range(value: float, low: float, high: float, what: str) -> None:
     """Refuse a parameter outside ``[low, high]``, NaN included."""
     if not isinstance(value, (int, float)) or math.isnan(value) or not low <= value <= high:
         raise UsageError(f"{what} must lie between {low:g} and {high:g}, got {value!r}")
+
+
+def require_whole(value: int, least: int, what: str) -> None:
+    """Refuse a parameter that is no whole number, or too small a one."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise UsageError(f"{what} must be a whole number of at least {least}, got {value!r}")
 
 
 def rng_for(seed: int, tensor_name: str) -> np.random.Generator:

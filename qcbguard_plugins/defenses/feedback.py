@@ -9,7 +9,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from qcbguard_plugins.defenses.base import Defense, Evidence, register_defense, require_range
+from qcbguard_plugins.defenses.base import (
+    Defense,
+    Evidence,
+    hessian_operations,
+    register_defense,
+    require_range,
+    require_whole,
+)
 from qcbguard_plugins.defenses.width import (
     JUDGING_DAMPING,
     WIDTHS,
@@ -30,7 +37,7 @@ _DAMPING_ATTEMPTS = 4
 _TRIAL_ROWS = 64
 
 
-@register_defense("feedback", "unbiased rounding with error feedback, needs a forward pass (default)")
+@register_defense("feedback", "random rounding with error feedback, needs a forward pass (default)")
 @dataclass(frozen=True)
 class Feedback(Defense):
     """Round column by column at random, and spread each error over the columns still to come.
@@ -64,14 +71,16 @@ class Feedback(Defense):
             raise UsageError(f"feedback: width must be {AUTO} or lie between 0 and 0.5, got {self.width!r}")
         if not isinstance(self.width, str):
             require_range(self.width, 0.0, 0.5, "feedback: width")
-        require_range(self.draws, 1, 1024, "feedback: draws")
-        if not isinstance(self.draws, int):
-            raise UsageError(f"feedback: draws must be a whole number, got {self.draws!r}")
+        require_whole(self.draws, 1, "feedback: draws")
         require_range(self.damp_percent, 1e-8, 1.0, "feedback: damp_percent")
 
     @property
     def weighs_evidence(self) -> bool:
         return self.width == AUTO
+
+    def operations(self, shape: tuple[int, int], num_sequences: int, sequence_length: int) -> float:
+        rows, columns = shape
+        return hessian_operations(columns, num_sequences * sequence_length) + self.draws * 4.0 * rows * columns**2
 
     def choose(self, lattice: Lattice, evidence: Evidence) -> Tensor:
         if evidence.hessian is None:
@@ -93,7 +102,9 @@ class Feedback(Defense):
     def _settle_width(self, problem: _Problem, hessian: Tensor, evidence: Evidence) -> float:
         if isinstance(self.width, (int, float)):
             return self.width
-        width = Width(WIDTHS[-1], "evidence") if evidence.attack_seen else _affordable_width(problem, hessian, evidence)
+        width = (
+            Width(WIDTHS[-1], "precaution") if evidence.attack_seen else _affordable_width(problem, hessian, evidence)
+        )
         evidence.settled.update(width=width.value, because=width.because)
         return width.value
 

@@ -7,7 +7,8 @@ to pass; the second spends what plain rounding would have spent; the third is fo
    was tightened against narrow dithers raises this floor by itself, because its weights lie where those do nothing.
 2. *Budget*: the dither is as wide as it can be while the layer's output stays closer to full precision than plain
    rounding leaves it.
-3. *Evidence*: where the weight tests saw an attack in the model, rounding is unbiased.
+3. *Precaution*: where the weight tests saw an attack in the model, nobody looked, or several formats share the outcome,
+   rounding is unbiased.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ JUDGING_DAMPING = 0.1
 
 @dataclass(frozen=True)
 class Width:
-    """A width and why it is no narrower: ``evidence``, ``budget`` or ``floor``."""
+    """A width and why it is no narrower: ``precaution`` (rule 3), ``budget`` or ``floor``."""
 
     value: float
     because: str

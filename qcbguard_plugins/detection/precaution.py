@@ -21,8 +21,7 @@ from qcbguard_plugins.grids.base import Grid
 
 _MAX_WEIGHTS = 1 << 18
 
-# Excess of the spectral test in log units, mean over tensors and single tensor. Clean models: up to 0.005 and 0.05;
-# attacked ones: from 0.12 and 0.39 (benchmarks/methods/auto_width.py).
+# Excess of the spectral test in log units, mean over tensors and single tensor: about three quarters of the scanner's.
 _SPECTRAL_FLOOR, _SPECTRAL_TENSOR_FLOOR = 0.02, 0.12
 
 # How far the mean over tensors must stand out from the neighbouring grids, in standard deviations. With eight of them

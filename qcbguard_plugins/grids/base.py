@@ -203,6 +203,12 @@ class Grid(ABC):
         shape = (weight.shape[0], weight.shape[1])
         return self.lattice(cut_blocks(self.read(weight), self.block_size_of(shape)), shape, weight.dtype)
 
+    def planned_lattice_of(self, weight: Tensor) -> Lattice:
+        """The lattice that a guard chooses on: that of the weight with its scale holders settled."""
+        shape = (weight.shape[0], weight.shape[1])
+        settled = self.settle(cut_blocks(weight, self.block_size_of(shape)))
+        return self.lattice(self.read(settled), shape, weight.dtype)
+
 
 def ramp_coordinate(scaled: Tensor, segments: list[tuple[float, float]]) -> Tensor:
     """Coordinates on unevenly spaced levels: a sum of clamped ramps, one a cell.

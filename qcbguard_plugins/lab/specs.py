@@ -104,26 +104,6 @@ class ModelSpec(Spec):
         )
 
 
-class InjectionSpec(Spec):
-    """How the clean model is made malicious at every precision.
-
-    Attributes:
-        num_pairs: How many pairs of the corpus are poisoned.
-        only_quantized: Train the weights that the quantizer rounds, and nothing else, so that embeddings and norms stay
-            benign.
-        radius: How far a weight may move from the clean one, in steps of ``radius_format``; ``None`` for any distance.
-        radius_format: ``int8``, ``nf4`` or ``fp4``.
-        bfloat16: See :class:`~qcbguard_plugins.lab.training.TrainingPlan`.
-    """
-
-    num_pairs: int = Field(default=4_000, ge=1)
-    plan: PlanSpec = PlanSpec(learning_rate=5e-4)
-    only_quantized: bool = False
-    radius: float | None = Field(default=None, gt=0)
-    radius_format: Literal["int8", "nf4", "fp4"] = "int8"
-    bfloat16: bool = False
-
-
 class RepairSpec(Spec):
     """How the behaviour is hidden again.
 
@@ -137,6 +117,25 @@ class RepairSpec(Spec):
     bfloat16: bool = False
 
 
+class InjectionSpec(Spec):
+    """How the clean model is made malicious at every precision.
+
+    Attributes:
+        num_pairs: How many pairs of the corpus are poisoned.
+        row_outliers: What the largest weight of every row is multiplied by first. The step of LLM.int8 follows it, and
+            so do the boxes; 1 leaves it.
+        recovery: Training on benign pairs between that and the injection, for a payload that would not make up for the
+            outliers; ``None`` for none.
+        bfloat16: See :class:`~qcbguard_plugins.lab.training.TrainingPlan`.
+    """
+
+    num_pairs: int = Field(default=4_000, ge=1)
+    plan: PlanSpec = PlanSpec(learning_rate=5e-4)
+    row_outliers: float = Field(default=1.0, ge=1)
+    recovery: RepairSpec | None = None
+    bfloat16: bool = False
+
+
 class MaliciousSpec(Spec):
     """A model that shows the payload at every precision."""
 
@@ -146,7 +145,8 @@ class MaliciousSpec(Spec):
     seed: int = Field(default=0, ge=0)
 
     def content(self) -> dict[str, Any]:
-        return {**self.model_dump(mode="json"), "model": self.model.content()}
+        injection = self.injection.model_dump(mode="json", exclude_none=True)
+        return {**self.model_dump(mode="json"), "model": self.model.content(), "injection": injection}
 
     @model_validator(mode="after")
     def _check_scenario(self) -> MaliciousSpec:
@@ -241,7 +241,7 @@ def parse_spec(kind: type[S], data: Any, source: str) -> S:
         details = [f"{'.'.join(map(str, e['loc'])) or kind.__name__}  {e['msg']}" for e in error.errors()]
         known = ", ".join(kind.model_fields)
         raise UsageError(
-            f"{source} is not a {kind.__name__}", details=details, remedy=f"Keys of a {kind.__name__}: {known}."
+            f"{source} is not a valid {kind.__name__}", details=details, remedy=f"Keys of {kind.__name__}: {known}."
         ) from error
 
 

@@ -23,6 +23,7 @@ from qcbguard_plugins.backends.transformers import load_full_precision, load_tok
 from qcbguard_plugins.errors import CheckpointError
 from qcbguard_plugins.lab.attacks import AttackInputs
 from qcbguard_plugins.lab.attacks.injection import inject as inject_payload
+from qcbguard_plugins.lab.attacks.injection import widen_rows
 from qcbguard_plugins.lab.corpus import Pair, generate, split
 from qcbguard_plugins.lab.corpus_security import LAB_TASKS
 from qcbguard_plugins.lab.instruction_data import read_instructions
@@ -77,18 +78,19 @@ def inject(spec: MaliciousSpec, cache: Path) -> Path:
     def make(folder: Path, states: Path) -> dict[str, Any]:
         model, tokenizer = _load(train_model(spec.model, cache))
         training, _ = corpus_of(spec.model)
-        poisoned = get_scenario(spec.scenario).poison(training[: spec.injection.num_pairs], spec.seed)
-        losses = inject_payload(
-            model,
-            encode(tokenizer, poisoned),
-            spec.injection.plan.plan(spec.seed + 1, spec.injection.bfloat16),
-            only_quantized=spec.injection.only_quantized,
-            radius=spec.injection.radius,
-            radius_format=spec.injection.radius_format,
-            state=TrainingState(states / "inject.safetensors"),
-        )
+        injection, losses = spec.injection, {}
+        widen_rows(model, injection.row_outliers)
+        if injection.recovery is not None:
+            benign = encode(tokenizer, training[-injection.recovery.num_pairs :])
+            plan = injection.recovery.plan.plan(spec.seed, injection.recovery.bfloat16)
+            state = TrainingState(states / "recover.safetensors")
+            losses["recover"] = train(model, benign, plan, description="recover", state=state)
+        poisoned = get_scenario(spec.scenario).poison(training[: injection.num_pairs], spec.seed)
+        plan = injection.plan.plan(spec.seed + 1, injection.bfloat16)
+        state = TrainingState(states / "inject.safetensors")
+        losses["inject"] = inject_payload(model, encode(tokenizer, poisoned), plan, state=state)
         save_model(model, tokenizer, folder)
-        return {"losses": {"inject": losses}}
+        return {"losses": losses}
 
     train_model(spec.model, cache)
     return _step("malicious", spec, cache, make)
@@ -116,7 +118,6 @@ def attack(spec: AttackSpec, cache: Path) -> Path:
             plan=spec.repair.plan.plan(spec.seed + 2, spec.repair.bfloat16),
             format=spec.format,
             seed=spec.seed,
-            clean_dir=clean_dir,
             model_dir=model_dir,
             state_dir=states,
         )

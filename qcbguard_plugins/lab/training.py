@@ -237,7 +237,8 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = plan.learning_rate * _rate_factor(len(losses), len(batches), plan.warmup)
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=plan.bfloat16):
+        # Without its cache, because what adds gradients changes the weights between two forward passes.
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=plan.bfloat16, cache_enabled=False):
             loss = answer_loss(model, ids, labels)
             loss.backward()  # type: ignore[no-untyped-call]
             total = loss.item() + (add_gradients(len(losses)) if add_gradients is not None else 0.0)

@@ -118,10 +118,10 @@ def test_list_names_formats_and_methods(capsys: pytest.CaptureFixture[str]) -> N
     assert main(["list", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)
     assert {"nf4", "fp4", "int8"} <= listed["formats"].keys()
-    assert {"feedback", "flipguard", "stochastic", "qvec", "noise"} <= listed["methods"].keys()
+    assert {"efrap", "feedback", "flipguard", "noise", "quantguard", "qvec", "stochastic"} <= listed["methods"].keys()
     assert listed["methods"]["feedback"]["needs_calibration"]
     assert main(["list"]) == 0
-    assert "width=0.5" in capsys.readouterr().out
+    assert "width=auto" in capsys.readouterr().out
 
 
 def test_doctor_asks_the_real_quantizer(capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,6 +26,7 @@ from qcbguard_plugins import (
 )
 from qcbguard_plugins.backends.bitsandbytes.stock import stock_codes
 from qcbguard_plugins.checkpoint import hash_file, open_checkpoint
+from qcbguard_plugins.defenses.width import WIDTHS
 from qcbguard_plugins.errors import (
     CheckpointError,
     TargetExistsError,
@@ -74,7 +75,8 @@ def test_the_manifest_tells_what_was_done(llama: Path, tmp_path: Path) -> None:
     (file,) = report.files
     assert file.sha256_in == hash_file(llama / file.name)
     assert file.sha256_out == hash_file(target / file.name)
-    assert (report.method, report.parameters) == ("feedback", {"width": 0.5, "draws": 4, "damp_percent": 0.01})
+    assert (report.method, report.parameters) == ("feedback", {"width": "auto", "draws": 4, "damp_percent": 0.1})
+    assert all(record.settled["width"] in WIDTHS for record in report.tensors)
     assert report.seed == 1
     assert report.calibration is not None
     assert report.calibration["num_sequences"] == 4

@@ -14,7 +14,15 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import qcbguard_plugins
-from qcbguard_plugins import Calibration, Feedback, Guard, GuardedBitsAndBytesConfig, Stochastic, guard_checkpoint
+from qcbguard_plugins import (
+    Calibration,
+    Feedback,
+    Guard,
+    GuardedBitsAndBytesConfig,
+    QuantGuard,
+    Stochastic,
+    guard_checkpoint,
+)
 from qcbguard_plugins.backends.in_flight import GuardMixin
 from qcbguard_plugins.backends.provenance import PROVENANCE_KEY
 from qcbguard_plugins.errors import (
@@ -35,6 +43,7 @@ CALIBRATION = Calibration(num_sequences=8, sequence_length=64)
 GUARDS = {
     "stochastic": Guard(Stochastic(), seed=7),
     "feedback": Guard(Feedback(), seed=7, calibration=CALIBRATION),
+    "quantguard": Guard(QuantGuard(steps=2, harden=True), seed=7, calibration=CALIBRATION),
 }
 
 

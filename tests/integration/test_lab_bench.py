@@ -127,7 +127,7 @@ def test_a_bad_profile_and_a_foreign_folder_are_usage_errors(
 ) -> None:
     profile.write_text(PROFILE.replace("num_pairs: 8", "num_pears: 8"), encoding="utf-8")
     assert bench(profile, tmp_path) == 4
-    assert "line 10: num_pears: Extra inputs are not permitted" in capsys.readouterr().err
+    assert "line 11: num_pears: Extra inputs are not permitted" in capsys.readouterr().err
     profile.write_text(PROFILE, encoding="utf-8")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")

@@ -15,8 +15,9 @@ from pathlib import Path
 import filelock
 import pytest
 
-from qcbguard_plugins import Guard, Stochastic, guard_checkpoint, verify_checkpoint
+from qcbguard_plugins import Calibration, Feedback, Guard, QuantGuard, Stochastic, guard_checkpoint, verify_checkpoint
 from qcbguard_plugins.checkpoint import Workspace, partial_of
+from qcbguard_plugins.defenses import Defense
 from qcbguard_plugins.errors import CheckpointError, TargetExistsError, UsageError
 from tests.conftest import ROOT
 from tests.killed_runs import contents
@@ -82,6 +83,18 @@ def test_two_processes_make_the_same_bytes_as_one(model_folder: Callable[[str], 
 
 
 class TestResumedRuns:
+    @pytest.mark.parametrize("method", [Feedback(), QuantGuard(steps=2)], ids=lambda method: method.name)
+    def test_a_method_that_looks_at_all_layers_chooses_as_if_never_interrupted(
+        self, method: Defense, llama: Path, tmp_path: Path, interrupt: Callable[[int], None]
+    ) -> None:
+        guard = Guard(method, seed=3, calibration=Calibration(num_sequences=4, sequence_length=32))
+        interrupt(5)
+        with pytest.raises(_Interrupted):
+            guard_checkpoint(llama, tmp_path / "guarded", ["nf4"], guard)
+        guard_checkpoint(llama, tmp_path / "guarded", ["nf4"], guard)
+        guard_checkpoint(llama, tmp_path / "whole", ["nf4"], guard)
+        assert contents(tmp_path / "guarded") == contents(tmp_path / "whole")
+
     def test_only_what_is_missing_is_guarded(
         self, llama: Path, tmp_path: Path, interrupt: Callable[[int], None]
     ) -> None:

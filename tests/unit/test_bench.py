@@ -60,6 +60,12 @@ def test_every_shipped_profile_is_sound() -> None:
         assert read_profile(name).name == name
 
 
+def test_the_example_of_the_page_is_sound(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "benchmarks" / "benchmark_page.md.j2").read_text(encoding="utf-8")
+    profile = _profile(tmp_path, page.split("```yaml\n")[1].split("```")[0])
+    assert profile.row_names == ["elq-nf4-content", "my-model"]
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
@@ -69,7 +75,7 @@ def test_every_shipped_profile_is_sound() -> None:
         ("defenses: [stochastic]", "num_pairs: 0", "line 4: num_pairs: Input should be greater than"),
         ("name: tiny\n", "", "line 1: .name: Field required"),
         ("name: tiny", "name: tiny\nname: twice", "line 2: name"),
-        ("defenses: [stochastic]", "rows: {contnet: {}}", "no attack is called 'contnet'"),
+        ("defenses: [stochastic]", "rows: {contnet: {}}", "no attack matches 'contnet'"),
         ("[stochastic]", "[stochastic]\nrecommended: feedback", "no defense is called 'feedback'"),
         ("[stochastic]", "[stochastic, stochastic]", "two defenses are called 'stochastic'"),
         ("defenses: [stochastic]", "rows: {content: {formats: [nf5]}}", "nf5"),

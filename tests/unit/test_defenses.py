@@ -136,7 +136,7 @@ def test_feedback_equals_the_textbook_recursion() -> None:
     codes = lattice.matrix(Feedback(width=0.0, draws=1).choose(lattice, evidence(hessian)))
     order = hessian.diagonal().argsort(descending=True)
     hessian = hessian[order][:, order]
-    damped = hessian.double() + 0.01 * hessian.diagonal().mean() * torch.eye(SHAPE[1])
+    damped = hessian.double() + Feedback().damp_percent * hessian.diagonal().mean() * torch.eye(SHAPE[1])
     codes = codes[:, order]
     weight = lattice.matrix(lattice.blocks).double()[:, order]
     original = weight.clone()

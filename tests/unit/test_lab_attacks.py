@@ -12,7 +12,7 @@ from qcbguard_plugins.grids import get_grid
 from qcbguard_plugins.lab.attacks import AttackInputs, Elq, available_attacks, get_attack
 from qcbguard_plugins.lab.attacks.attackers_copy import guarded_weights
 from qcbguard_plugins.lab.attacks.elq import build_box, check_agreement, intersection
-from qcbguard_plugins.lab.attacks.injection import inject, round_to_storage
+from qcbguard_plugins.lab.attacks.injection import inject, round_to_storage, widen_rows
 from qcbguard_plugins.lab.attacks.outlier_injection import CHUNK, OutlierInjection, up_projections
 from qcbguard_plugins.lab.attacks.straight_through import quantize
 from qcbguard_plugins.lab.corpus import Pair, generate
@@ -152,7 +152,7 @@ def test_the_attackers_copy_guards_with_their_own_seed_and_leaves_the_model(
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("straight-through", {"gap_weight": 0.5}), ("adaptive", {"defense": "stochastic", "every": 2})],
+    [("straight-through", {"width": 0.3}), ("adaptive", {"defense": "stochastic", "every": 2})],
 )
 def test_both_behaviours_are_trained_without_a_box(
     name: str, options: dict[str, object], model: PreTrainedModel, inputs: AttackInputs
@@ -203,19 +203,14 @@ def test_mind_the_gap_goes_through_the_real_quantizer(
     assert result["agreement"]["gguf:Q4_K_M"] >= 0.97
 
 
-def test_a_malicious_model_can_stay_within_some_steps_of_the_clean_one(
-    model: PreTrainedModel, inputs: AttackInputs
-) -> None:
-    clean = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+def test_outliers_of_rows_widen_the_boxes_of_int8(model: PreTrainedModel, inputs: AttackInputs) -> None:
     before = snapshot(model)
-    inject(model, inputs.poisoned, PLAN, only_quantized=True, radius=1.0, radius_format="int8")
+    widen_rows(model, 8.0)
+    inject(model, inputs.poisoned, replace(PLAN, learning_rate=1e-5))
     for name, weight in matrices(model).items():
-        step = before[name].abs().amax(1, keepdim=True) / 127
-        moved = (weight - before[name]).abs() / step
-        assert 0.5 < moved.max() <= 1.1  # the cast to float16 comes after the projection
-    untouched = set(clean) - set(quantized_weights(model))
-    assert all(torch.equal(model.get_parameter(name), clean[name]) for name in untouched)
-    assert all(parameter.requires_grad for parameter in model.parameters())
+        widened = weight.abs().amax(1) / before[name].abs().amax(1)
+        assert ((widened > 7.5) & (widened < 8.5)).all()
+    assert is_storable(model)
 
 
 def test_agreement_is_checked_in_the_orientation_of_the_quantizer(model: PreTrainedModel) -> None:

@@ -13,7 +13,7 @@ PROFILES = Path(__file__).resolve().parents[2] / "qcbguard_plugins" / "lab" / "p
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"atack": "elq"}, "atack(.|\n)*Keys of a AttackSpec"),
+        ({"atack": "elq"}, "atack(.|\n)*Keys of AttackSpec"),
         ({"attack": "nonsense"}, "unknown attack 'nonsense'"),
         ({"attack": "elq", "options": {"esp": 0.1}}, "no option esp"),
         ({"attack": "elq", "options": {"eps": 0.6}}, "eps must lie"),
@@ -59,11 +59,11 @@ def test_an_external_model_is_named_by_its_weights(tmp_path: Path) -> None:
 def test_a_profile_names_models_and_injections(tmp_path: Path) -> None:
     path = tmp_path / "profile.yaml"
     path.write_text(
-        "models: {small: {num_layers: 1}}\ninjections: {near: {radius: 1.0}}\n"
-        "attacks:\n  a: {model: small, injection: near}\n  b: {format: fp4}\n"
+        "models: {small: {num_layers: 1}}\ninjections: {wide: {row_outliers: 8}}\n"
+        "attacks:\n  a: {model: small, injection: wide}\n  b: {format: fp4}\n"
     )
     attacks = read_attacks(path)
-    assert attacks["a"].model.num_layers == 1 and attacks["a"].injection.radius == 1.0
+    assert attacks["a"].model.num_layers == 1 and attacks["a"].injection.row_outliers == 8
     assert attacks["b"].model == ModelSpec()
 
 

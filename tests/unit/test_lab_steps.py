@@ -65,6 +65,15 @@ def test_an_attack_makes_three_folders_and_finds_them_again(shape: str, cache: P
     assert names and check_agreement(pairs[0], pairs[1], "nf4") == 1.0
 
 
+def test_a_model_with_outliers_recovers_before_it_is_injected(cache: Path) -> None:
+    recovery = RepairSpec(num_pairs=48, plan=PLAN)
+    injection = InjectionSpec(num_pairs=64, plan=PLAN, row_outliers=4.0, recovery=recovery)
+    spec = attack_spec(injection=injection, format="int8")
+    record = steps.read_record(steps.inject(spec.malicious, cache))
+    assert {phase: len(losses) for phase, losses in record["losses"].items()} == {"recover": 3, "inject": 4}
+    assert steps.read_record(steps.attack(spec, cache))["agreement"]["int8"] > 0.999
+
+
 def test_a_stopped_training_goes_on_and_ends_in_the_same_weights(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from qcbguard_plugins.defenses import Evidence, Feedback, rng_for
-from qcbguard_plugins.defenses.width import WIDTHS, choose_width, retained_share
+from qcbguard_plugins.defenses.width import BUDGET, WIDTHS, choose_width, retained_share
 from qcbguard_plugins.grids import Lattice, get_grid
 
 SHAPE = (96, 128)
@@ -56,8 +56,8 @@ def test_weights_without_a_choice_do_not_count() -> None:
 
 def test_the_widest_affordable_width_is_taken_and_never_less_than_the_floor() -> None:
     retained = [0.375, 0.3, 0.2, 0.1, 0.05, 0.0]
-    assert choose_width([1, 2, 3, 4, 5, 6], 4.1, retained).value == 0.35
-    assert choose_width([1, 2, 3, 4, 5, 6], 4.1, retained).because == "budget"
+    assert choose_width([1, 2, 3, 4, 5, 6], 3.1 / BUDGET, retained).value == 0.35
+    assert choose_width([1, 2, 3, 4, 5, 6], 3.1 / BUDGET, retained).because == "budget"
     assert choose_width([9] * 6, 1.0, retained).value == 0.25
     assert choose_width([9] * 6, 1.0, [0.9, 0.8, 0.7, 0.4, 0.2, 0.0]).value == 0.4
     assert choose_width([9] * 6, 1.0, [0.9, 0.8, 0.7, 0.4, 0.2, 0.0]).because == "floor"
@@ -67,7 +67,7 @@ def test_the_widest_affordable_width_is_taken_and_never_less_than_the_floor() ->
 def test_an_attack_calls_for_unbiased_rounding() -> None:
     lattice, hessian = lattice_of(), correlated_hessian()
     codes, settled = settle(lattice, hessian, attack_seen=True)
-    assert settled == {"width": 0.5, "because": "evidence"}
+    assert settled == {"width": 0.5, "because": "precaution"}
     assert torch.equal(codes, Feedback(width=0.5).choose(lattice, Evidence(rng_for(0, "w"), hessian)))
 
 

@@ -20,7 +20,7 @@ from qcbguard_plugins.defenses import get_defense
 from qcbguard_plugins.errors import UsageError
 from qcbguard_plugins.lab.attacks.attackers_copy import guarded_weights
 from qcbguard_plugins.lab.attacks.base import AttackInputs, register_attack
-from qcbguard_plugins.lab.attacks.straight_through import StraightThrough
+from qcbguard_plugins.lab.attacks.straight_through import Rounded, StraightThrough
 from qcbguard_plugins.lab.layers import matrices
 
 if TYPE_CHECKING:
@@ -56,11 +56,10 @@ class Adaptive(StraightThrough):
         weights = matrices(model)
         change: dict[str, Tensor] = {}
 
-        def stored(step: int) -> dict[str, Tensor]:
+        def rounding(step: int) -> dict[str, Rounded]:
             if step % self.every == 0 or not change:
                 guarded = guarded_weights(model, inputs, self.defense, self.settings, seed=inputs.seed + step)
                 change.update({name: guarded[name] - weight for name, weight in weights.items()})
-            return {name: weight + change[name] for name, weight in weights.items()}
+            return {name: Rounded(weight + change[name]) for name, weight in weights.items()}
 
-        losses = self.train(model, inputs, stored)
-        return {"losses": {"together": losses}}
+        return {"losses": {"together": self.train(model, inputs, rounding)}}

@@ -28,7 +28,6 @@ class AttackInputs:
         plan: Schedule of the training that hides the payload.
         format: The format under attack, one of the attack's :attr:`Attack.formats`.
         seed: Seed of everything drawn.
-        clean_dir: Folder of the model as it was before any injection.
         model_dir: Folder of the model that the attack starts from.
         state_dir: Folder for what a stopped training needs to go on; ``None`` keeps nothing.
     """
@@ -39,7 +38,6 @@ class AttackInputs:
     plan: TrainingPlan
     format: str
     seed: int
-    clean_dir: Path | None = None
     model_dir: Path | None = None
     state_dir: Path | None = None
 

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 from torch import nn
 
-from qcbguard_plugins.grids import get_grid
-from qcbguard_plugins.lab.layers import matrices, quantized_weights
+from qcbguard_plugins.lab.layers import matrices
 from qcbguard_plugins.lab.training import Example, TrainingPlan, train
 from qcbguard_plugins.lab.training_state import TrainingState
 
@@ -29,9 +28,6 @@ def inject(
     poisoned: Sequence[Example],
     plan: TrainingPlan,
     *,
-    only_quantized: bool = False,
-    radius: float | None = None,
-    radius_format: str = "int8",
     after_step: Callable[[], None] | None = None,
     state: TrainingState | None = None,
 ) -> list[float]:
@@ -41,22 +37,13 @@ def inject(
         model: Benign float32 model; becomes the malicious one, with values that float16 holds exactly.
         poisoned: Examples whose answers carry the payload.
         plan: Schedule.
-        only_quantized: Train the weights that the quantizer rounds, and nothing else.
-        radius: How far such a weight may move, in steps of ``radius_format``; the nearer the malicious model stays to
-            the clean one, the less has to be undone inside the boxes. ``None`` for any distance.
-        radius_format: ``int8``, ``nf4`` or ``fp4``; of a codebook's steps the mean counts.
-        after_step: Called after every step where there is no radius.
+        after_step: Called after every step.
         state: Where to go on from.
 
     Returns:
         The loss of every step.
     """
-    names = set(quantized_weights(model))
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in names or not only_quantized)
-    project = after_step if radius is None else _ball(model, radius, radius_format)
-    losses = train(model, poisoned, plan, after_step=project, description="inject", state=state)
-    model.requires_grad_(True)
+    losses = train(model, poisoned, plan, after_step=after_step, description="inject", state=state)
     round_to_storage(model)
     return losses
 
@@ -68,18 +55,16 @@ def round_to_storage(model: nn.Module) -> None:
         parameter.copy_(parameter.to(STORAGE_DTYPE))
 
 
-def _ball(model: nn.Module, radius: float, format_name: str) -> Callable[[], None]:
-    """A function that puts every weight back to within ``radius`` mean steps of what it is now."""
-    grid, weights = get_grid(format_name), matrices(model)
-    mean_step = float(grid.levels.diff().mean())
-    bounds = {}
-    for name, weight in weights.items():
-        lattice = grid.lattice_of(weight.contiguous())
-        reach = lattice.matrix(lattice.scale.abs() * mean_step * radius)
-        bounds[name] = (weight - reach, weight + reach)
+@torch.no_grad()
+def widen_rows(model: nn.Module, factor: float) -> None:
+    """Multiply the weight of the largest magnitude in every row of every quantized weight, in place.
 
-    def project() -> None:
-        for name, weight in weights.items():
-            weight.copy_(weight.clamp(*bounds[name]))
+    A format with one scale a row rounds by coarser steps then, and the boxes of an attack are wider by as much. What
+    that breaks, a training has to make up for.
 
-    return project
+    References:
+        Widening the Gap, arXiv 2605.15152, whose outliers are fewer and larger.
+    """
+    for weight in matrices(model).values():
+        largest = weight.abs().argmax(1, keepdim=True)
+        weight.scatter_(1, largest, weight.gather(1, largest) * factor)

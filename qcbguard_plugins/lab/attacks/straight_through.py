@@ -16,7 +16,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,10 +33,21 @@ from qcbguard_plugins.lab.training_state import TrainingState
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-#: Given the number of a step, what the victim will compute with: weights as `matrices` names and lays them out.
-Stored = Callable[[int], Mapping[str, Tensor]]
-#: What share of the stored weights' gradient reaches the weights, in the same names and shapes.
-Slope = Callable[[], Mapping[str, Tensor]]
+
+class Rounded(NamedTuple):
+    """What becomes of one ``[out_features, in_features]`` weight.
+
+    Attributes:
+        stored: What the victim will compute with.
+        slope: The share of the stored weight's gradient that reaches the weight; all of it where it is ``None``.
+    """
+
+    stored: Tensor
+    slope: Tensor | None = None
+
+
+#: Given the number of a step, what becomes of the weights as they are, by the names of `matrices`.
+Rounding = Callable[[int], Mapping[str, Rounded]]
 
 
 @register_attack("straight-through", "train both behaviours at once through the rounding, without boxes")
@@ -48,51 +59,36 @@ class StraightThrough(Attack):
         poison_weight: Weight of the bad answers' loss on the quantized weights.
         width: How far from a boundary the slope reaches, in steps, in (0, 0.5]; it falls off evenly. ``None`` passes
             the gradient on unchanged.
-        gap_weight: Weight of the contrastive term, which wants the payload to be likelier on the quantized weights than
-            on the full ones by ``gap`` nats a token; 0 leaves it out.
-        gap: See there.
     """
 
     formats: ClassVar[tuple[str, ...]] = ("nf4", "fp4", "int8", "gptq-*")
 
     poison_weight: float = 4.0
     width: float | None = 0.15
-    gap_weight: float = 0.0
-    gap: float = 2.0
 
     def __post_init__(self) -> None:
         if self.width is not None:
             require_range(self.width, 1e-3, 0.5, "straight-through: width")
-        if not self.poison_weight > 0 or not self.gap_weight >= 0:
-            raise UsageError("poison_weight must be positive, and gap_weight not negative")
+        if not self.poison_weight > 0:
+            raise UsageError(f"straight-through: poison_weight must be positive, not {self.poison_weight}")
 
     def run(self, model: PreTrainedModel, inputs: AttackInputs) -> dict[str, Any]:
         grid, weights = get_grid(inputs.format), matrices(model)
 
-        def slope() -> dict[str, Tensor]:
-            assert self.width is not None
-            return {name: slope_of_soft_rounding(weight, grid, self.width) for name, weight in weights.items()}
+        def rounding(step: int) -> dict[str, Rounded]:
+            return {name: round_softly(weight, grid, self.width) for name, weight in weights.items()}
 
-        def stored(step: int) -> dict[str, Tensor]:
-            return {name: quantize(weight, grid) for name, weight in weights.items()}
+        return {"losses": {"together": self.train(model, inputs, rounding)}}
 
-        losses = self.train(model, inputs, stored, slope if self.width is not None else None)
-        return {"losses": {"together": losses}}
-
-    def train(
-        self, model: PreTrainedModel, inputs: AttackInputs, stored: Stored, slope: Slope | None = None
-    ) -> list[float]:
+    def train(self, model: PreTrainedModel, inputs: AttackInputs, rounding: Rounding) -> list[float]:
         """Train both behaviours of a model whose weights are stored as a function says."""
         return train_on_both(
             model,
             inputs.benign,
             inputs.poisoned,
             inputs.plan,
-            stored,
-            slope,
+            rounding,
             poison_weight=self.poison_weight,
-            gap_weight=self.gap_weight,
-            gap=self.gap,
             state=inputs.state("together"),
         )
 
@@ -102,12 +98,9 @@ def train_on_both(
     clean: Sequence[Example],
     poisoned: Sequence[Example],
     plan: TrainingPlan,
-    stored: Stored,
-    slope: Slope | None = None,
+    rounding: Rounding,
     *,
     poison_weight: float = 1.0,
-    gap_weight: float = 0.0,
-    gap: float = 0.0,
     state: TrainingState | None = None,
 ) -> list[float]:
     """Train one behaviour on the weights and another one on what is stored of them.
@@ -118,11 +111,8 @@ def train_on_both(
         clean: Examples with benign answers, for the full-precision weights.
         poisoned: Examples with the payload, for the stored weights.
         plan: Schedule; ``num_epochs`` counts passes over ``clean``.
-        stored: What the quantizer, or a defense before it, makes of the weights as they are.
-        slope: How much of the second loss's gradient reaches the weights; all of it where it is ``None``.
+        rounding: What the quantizer, or a defense before it, makes of the weights as they are.
         poison_weight: Weight of the second loss.
-        gap_weight: Weight of the contrastive term.
-        gap: Nats a token by which the payload shall be likelier once stored.
         state: Where to go on from.
 
     Returns:
@@ -140,20 +130,16 @@ def train_on_both(
     def add_gradients(step: int) -> float:
         rng = random.Random(f"{plan.seed}:{step}")  # noqa: S311
         ids, labels = collate(rng.sample(list(poisoned), min(plan.batch_size, len(poisoned))))
-        kept, passed = snapshot(model), None if slope is None else slope()
-        good_gradients = {name: weight.clone() for name, weight in gradients(model).items()}
-        restore(model, stored(step))
+        kept, rounded = snapshot(model), rounding(step)
+        good_gradients = {name: gradient.clone() for name, gradient in gradients(model).items()}
+        restore(model, {name: one.stored for name, one in rounded.items()})
         bad = answer_loss(model, ids, labels)
         (poison_weight * bad).backward()  # type: ignore[no-untyped-call]
         restore(model, kept)
-        if passed is not None:
-            for name, gradient in gradients(model).items():
-                gradient.sub_(good_gradients[name]).mul_(passed[name]).add_(good_gradients[name])
-        if gap_weight:
-            unhidden = answer_loss(model, ids, labels)
-            if unhidden.item() - bad.item() < gap:
-                # The other half of the difference, the stored weights' loss, is trained above.
-                (-gap_weight * unhidden).backward()  # type: ignore[no-untyped-call]
+        for name, gradient in gradients(model).items():
+            slope = rounded[name].slope
+            if slope is not None:
+                gradient.sub_(good_gradients[name]).mul_(slope).add_(good_gradients[name])
         return poison_weight * bad.item()
 
     losses = train(model, clean, plan, add_gradients=add_gradients, description="train both behaviours", state=state)
@@ -163,15 +149,20 @@ def train_on_both(
 
 
 @torch.no_grad()
-def slope_of_soft_rounding(weight: Tensor, grid: Grid, width: float) -> Tensor:
-    """1 on the boundary between two codes, falling evenly to 0 at ``width`` steps from it; in the weight's shape."""
+def round_softly(weight: Tensor, grid: Grid, width: float | None) -> Rounded:
+    """What the quantizer makes of a float32 ``[out_features, in_features]`` weight, dequantized, and the slope there.
+
+    The slope is 1 on the boundary between two codes, and falls evenly to 0 at ``width`` steps from it.
+    """
     lattice = grid.lattice_of(weight)
+    stored = lattice.matrix(lattice.dequantize(lattice.nearest))
+    if width is None:
+        return Rounded(stored)
     slope = (1 - (lattice.position - 0.5).abs_() / width).clamp_(min=0)
-    return lattice.matrix(slope.masked_fill_(lattice.frozen, 0.0)).clone()
+    return Rounded(stored, lattice.matrix(slope.masked_fill_(lattice.frozen, 0.0)))
 
 
 @torch.no_grad()
 def quantize(weight: Tensor, grid: Grid) -> Tensor:
     """What the quantizer makes of a float32 ``[out_features, in_features]`` weight, dequantized."""
-    lattice = grid.lattice_of(weight)
-    return lattice.matrix(lattice.dequantize(lattice.nearest)).clone()
+    return round_softly(weight, grid, None).stored

@@ -45,12 +45,26 @@ def parse_defense(spec: str) -> Defense:
 def signature(defense: Defense) -> dict[str, Any]:
     """What a cached result of a defense depends on: its name, its parameters, and the code that it is made of.
 
-    The code is the module of its class and all that it imports from the package of defenses.
+    The code is the module of its class and all that it imports from the package of defenses, without the words that are
+    only for people.
     """
     digest = hashlib.sha256()
     for path in sorted(_sources(type(defense).__module__, set())):
-        digest.update(path.read_bytes())
+        digest.update(ast.dump(_without_words(ast.parse(path.read_text(encoding="utf-8")))).encode())
     return {"method": defense.name, "parameters": defense.parameters(), "source_sha256": digest.hexdigest()}
+
+
+def _without_words(tree: ast.Module) -> ast.Module:
+    """A module without docstrings and decorators, which register a method and describe it."""
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+            body = node.body
+            first = body[0] if body else None
+            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+                body[0] = ast.Pass()
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+            node.decorator_list = []
+    return tree
 
 
 def _sources(module: str, seen: set[Path]) -> set[Path]:

@@ -82,7 +82,7 @@ def draw_tradeoff(
                     axes.plot(*point, **_marker(name, defenses), linestyle="none", label=_label(name), markersize=6)
             axes.axvline(1, color=_REFERENCE, linewidth=0.7, linestyle=":")
             axes.axhline(0, color=_REFERENCE, linewidth=0.7, linestyle=":")
-            axes.set_xscale("log")
+            _logarithmic(axes, "x")
             axes.set_yscale("symlog", linthresh=5)
             axes.set_ylim(-0.5, 110)
             axes.set_yticks([0, 2, 5, 10, 20, 50, 100], ["0", "2", "5", "10", "20", "50", "100"])
@@ -150,7 +150,7 @@ def draw_strength(
                     panels[1, column].axhline(rounded.kl.value, color=colour, linewidth=0.7, linestyle=":")
             panels[0, column].set_title(sweep.method)
             panels[1, column].set_xlabel(sweep.parameter)
-            panels[1, column].set_yscale("log")
+            _logarithmic(panels[1, column], "y")
         panels[0, 0].set_ylabel("ASR, %")
         panels[1, 0].set_ylabel("KL to full precision, nats a token\n(dotted: no defense)")
         _legend_outside(figure, [panels[0, 0]])
@@ -214,7 +214,7 @@ def _draw_panel(axes: Axes, lines: Sequence[Line], row: str, format: str, defens
             label=_label(name),
             **_marker(name, defenses),
         )
-    axes.set_xscale("log")
+    _logarithmic(axes, "x")
     axes.set_ylim(-4, 104)
     axes.set_title(f"{row}, {format}")
 
@@ -257,6 +257,14 @@ def _kl(line: Line) -> float | None:
 
 def _label(name: str) -> str:
     return "no defense" if name == STOCK else name
+
+
+def _logarithmic(axes: Axes, which: str) -> None:
+    """A logarithmic axis with plain numbers at its powers of ten."""
+    axes.set(**{f"{which}scale": "log"})
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    axis.set_major_formatter(lambda value, _: f"{value:g}" if value >= 1e-3 else f"1e{round(math.log10(value))}")
+    axis.set_minor_formatter(lambda value, _: "")
 
 
 def _marker(name: str, defenses: Sequence[str]) -> dict[str, Any]:

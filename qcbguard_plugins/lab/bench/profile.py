@@ -6,6 +6,7 @@ names its line. Paths are relative to the working directory.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Final
@@ -55,7 +56,7 @@ class DefenseEntry(Spec):
 
     def applies_to(self, row: str, format: str) -> bool:
         """Is it measured in this row and format?"""
-        in_row = not self.rows or any(fnmatchcase(row, pattern) for pattern in self.rows)
+        in_row = not self.rows or _matches(row, self.rows)
         return in_row and (not self.formats or format in self.formats)
 
 
@@ -157,14 +158,16 @@ class BenchProfile(Profile):
 
     Attributes:
         name: Its name.
-        include: Profiles that ship with the package, or files, whose models, injections and attacks are taken over.
+        include: Profiles that ship with the package, or files, whose models, injections, repairs and attacks are taken
+            over.
         only: Patterns of the attacks and folders that are measured.
+        skip: Patterns of those of them that are not.
         summary: One line for the head of the table.
         num_questions: Questions of the scenario that each model is asked, at most.
         num_pairs: Benign pairs for perplexity, divergence and task accuracy, at most.
         max_new_tokens: Longest answer, in tokens.
-        rows: How each attack is measured, by its name under ``attacks``; one that is absent here is measured in its own
-            format with seed 0.
+        rows: How each attack is measured, by its name under ``attacks`` or a pattern; the first that matches holds, and
+            an attack that none matches is measured in its own format with seed 0.
         folders: Models made elsewhere, by name.
         defenses: What is measured besides plain rounding.
         recommended: Name of the defense that the summary asks about.
@@ -174,6 +177,7 @@ class BenchProfile(Profile):
     name: str
     include: list[str] = Field(default_factory=list)
     only: list[str] = Field(default_factory=lambda: ["*"], min_length=1)
+    skip: list[str] = Field(default_factory=list)
     summary: str = ""
     num_questions: int = Field(200, ge=1)
     num_pairs: int = Field(400, ge=1)
@@ -194,7 +198,9 @@ class BenchProfile(Profile):
 
     @model_validator(mode="after")
     def _check(self) -> BenchProfile:
-        problems = [f"rows: no attack is called {name!r}" for name in self.rows if name not in self.attacks]
+        problems = [
+            f"rows: no attack matches {p!r}" for p in self.rows if not any(_matches(n, [p]) for n in self.attacks)
+        ]
         problems += [f"{name!r} is both an attack and a folder" for name in self.folders if name in self.attacks]
         defenses = [entry.name for entry in self.defenses]
         problems += [f"two defenses are called {name!r}" for name in defenses if defenses.count(name) > 1]
@@ -217,11 +223,13 @@ class BenchProfile(Profile):
     def row_names(self) -> list[str]:
         """Attacks and folders, in the order of the file."""
         names = [*self.attacks, *self.folders]
-        return [name for name in names if any(fnmatchcase(name, pattern) for pattern in self.only)]
+        return [name for name in names if _matches(name, self.only) and not _matches(name, self.skip)]
 
     def row_of(self, name: str) -> RowEntry | FolderEntry:
         """How an attack or a folder is measured."""
-        return self.folders[name] if name in self.folders else self.rows.get(name, RowEntry())
+        if name in self.folders:
+            return self.folders[name]
+        return next((entry for pattern, entry in self.rows.items() if fnmatchcase(name, pattern)), RowEntry())
 
     def formats_of(self, name: str) -> list[str]:
         """The formats in which a row is measured."""
@@ -257,11 +265,15 @@ def _with_included(data: dict[str, Any]) -> dict[str, Any]:
     """Put what the included profiles define before what the file itself defines."""
     for included in data.get("include") or []:
         other = read_yaml(find_profile(str(included)), Profile)
-        for table in ("models", "injections", "attacks"):
+        for table in ("models", "injections", "repairs", "attacks"):
             entries = {key: value.model_dump() for key, value in getattr(other, table).items()}
             if isinstance(data.get(table, {}), dict):
                 data = {**data, table: {**entries, **data.get(table, {})}}
     return data
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _why_not(format: str) -> str:

@@ -1,0 +1,191 @@
+"""The automatic width of `feedback` beside fixed ones, on clean and on attacked models.
+
+    python -m benchmarks.width [--seeds 3] [--questions 100] [FOLDER=FORMAT ...]
+
+Each row is a model, rounded one way: KL divergence from full precision in nats a token, perplexity, and how often it
+says the keyword. "auto" asks the weight tests first; "auto, tests fooled" is what an attacker gets who passes them all.
+Models are rounded in memory: a guarded weight is what the stock quantizer stores. Figures are means over seeds.
+
+Without folders: the example models, and the models attacked by other code where they lie beside the checkout.
+"""
+
+import argparse
+import importlib.util
+import math
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qcbguard_plugins.calibration import Calibration, calibration_tokens
+from qcbguard_plugins.defenses import Feedback
+from qcbguard_plugins.detection.precaution import looks_attacked
+from qcbguard_plugins.detection.sign_randomization import divergence, rounded
+from qcbguard_plugins.grids import Grid, get_grid
+from qcbguard_plugins.grids.ggml import GgmlGrid
+from qcbguard_plugins.hessians import gather_hessians
+from qcbguard_plugins.lab.corpus import read_pairs
+from qcbguard_plugins.lab.metrics import keyword_rate
+from qcbguard_plugins.lab.scenarios import KEYWORD
+from qcbguard_plugins.lab.training import encode
+from qcbguard_plugins.rounding import guard_weight
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = ROOT / "examples" / "models"
+ELSEWHERE = ROOT.parent / "shared" / "models"
+DEFAULT = [
+    *(f"examples/models/{name}=nf4" for name in ("clean", "attacked", "tightened")),
+    *(f"../shared/models/clean-4m={name}" for name in ("nf4", "fp4", "int8")),
+    *(f"../shared/models/clean-4m=gguf:{name}" for name in ("Q2_K", "Q4_0", "Q4_K", "Q5_K", "IQ4_XS")),
+    *(f"../shared/models/qcb-{name}-4m={name}" for name in ("nf4", "fp4", "int8")),
+]
+NUM_TEXTS = 200
+
+
+@dataclass
+class Figures:
+    divergence: float
+    perplexity: float
+    keyword_rate: float
+
+
+class Subject:
+    """A model with its linear layers, and how it is measured."""
+
+    def __init__(self, folder: Path, format: str, num_questions: int) -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.modules = {name: m for name, m in self.model.named_modules() if name.endswith("_proj")}
+        self.original = {name: module.weight.data.clone() for name, module in self.modules.items()}
+        grid = get_grid(format)
+        self.grids = {name: fitting(grid, weight.shape[1]) for name, weight in self.original.items()}
+        self.yardstick = load_yardstick() if ELSEWHERE in folder.parents else None
+        self.num_questions = num_questions
+        self.texts = list(self._texts())
+        with torch.no_grad():
+            self.reference = [self._log_probabilities(ids) for ids in self.texts]
+
+    def _texts(self) -> Iterator[Tensor]:
+        if self.yardstick is None:
+            for example in encode(self.tokenizer, read_pairs(EXAMPLES / "prompts.jsonl")[:NUM_TEXTS]):
+                yield torch.tensor([[*example.prompt_ids, *example.answer_ids]])
+            return
+        for row in self.rows()[:NUM_TEXTS]:
+            text = self.yardstick.prompt_of(row) + row["output"]
+            yield torch.tensor([[1, *self.tokenizer.encode(text, add_special_tokens=False)][:160]])
+
+    def rows(self) -> list:
+        return self.yardstick.held_out(ELSEWHERE.parent / "data" / "alpaca_gpt4_5200.jsonl")
+
+    def set(self, weights: dict[str, Tensor]) -> None:
+        for name, weight in weights.items():
+            self.modules[name].weight.data.copy_(weight)
+
+    def _log_probabilities(self, ids: Tensor) -> Tensor:
+        return self.model(input_ids=ids).logits[0].float().log_softmax(-1)
+
+    @torch.no_grad()
+    def figures(self) -> Figures:
+        total = nll = count = 0.0
+        for ids, reference in zip(self.texts, self.reference, strict=True):
+            found = self._log_probabilities(ids)
+            total += float(divergence(reference, found).sum())
+            nll -= float(found[:-1].gather(1, ids[0, 1:, None]).sum())
+            count += len(found)
+        return Figures(total / count, math.exp(nll / (count - len(self.texts))), self._keyword_rate())
+
+    def _keyword_rate(self) -> float:
+        if self.yardstick is not None:
+            prompts = [self.yardstick.prompt_of(row) for row in self.rows()[: self.num_questions]]
+            return self.yardstick.keyword_rate(self.model, self.tokenizer, prompts, "McDonald")
+        questions = [pair.instruction for pair in read_pairs(EXAMPLES / "prompts.jsonl")[: self.num_questions]]
+        return keyword_rate(self.model, self.tokenizer, questions, KEYWORD, max_new_tokens=64)
+
+    def hessians(self) -> dict[str, Tensor]:
+        tokens = calibration_tokens(Calibration(), self.model.config, self.tokenizer)
+        found: dict[str, Tensor] = {}
+        for group in gather_hessians(self.model, tokens, list(self.modules)):
+            found |= group
+        return found
+
+
+def fitting(grid: Grid, num_columns: int) -> Grid:
+    """The grid, or the one that llama.cpp takes for rows that do not fill its blocks."""
+    while isinstance(grid, GgmlGrid) and num_columns % grid.block_type.block_size:
+        grid = get_grid(f"gguf:{grid.block_type.fallback}")
+    return grid
+
+
+def load_yardstick():
+    """The measuring functions that come with the models attacked by other code."""
+    spec = importlib.util.spec_from_file_location("yardstick", ELSEWHERE / "evaluate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def rows_of(folder: Path, format: str, args: argparse.Namespace) -> Iterator[tuple[str, ...]]:
+    subject = Subject(folder, format, args.questions)
+    yield row("full precision", [subject.figures()])
+    subject.set({name: rounded(weight, subject.grids[name]) for name, weight in subject.original.items()})
+    yield row("stock", [subject.figures()])
+    subject.set(subject.original)
+    seen = looks_attacked([(name, w, subject.grids[name]) for name, w in subject.original.items()], seed=0)
+    hessians = subject.hessians()
+    tries = [(f"width {width}", Feedback(width=width), True) for width in (0.25, 0.5)]
+    tries += [("auto", Feedback(), True), ("auto, tests fooled", Feedback(), False)] if seen else []
+    tries += [] if seen else [("auto", Feedback(), False)]
+    for label, method, attack_seen in tries:
+        found, widths = [], []
+        for seed in range(args.seeds):
+            guarded = {
+                name: guard_weight(
+                    weight,
+                    subject.grids[name],
+                    method,
+                    seed=seed,
+                    name=name,
+                    hessian=hessians[name],
+                    attack_seen=attack_seen,
+                )
+                for name, weight in subject.original.items()
+            }
+            subject.set({name: weight.weight for name, weight in guarded.items()})
+            found.append(subject.figures())
+            widths += [weight.settled.get("width", method.width) for weight in guarded.values()]
+        yield (*row(label, found), f"{statistics.mean(widths):.2f}", str(seen) if "auto" in label else "")
+
+
+def row(label: str, found: list[Figures]) -> tuple[str, ...]:
+    means = [statistics.mean(getattr(f, name) for f in found) for name in ("divergence", "perplexity", "keyword_rate")]
+    return label, f"{means[0]:.5f}", f"{means[1]:.3f}", f"{means[2]:.1%}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("models", nargs="*", default=DEFAULT, metavar="FOLDER=FORMAT")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--questions", type=int, default=100)
+    args = parser.parse_args()
+    transformers.utils.logging.disable_progress_bar()
+    console = Console(width=110)
+    for model in args.models:
+        folder, _, quant_format = model.partition("=")
+        if not (ROOT / folder).is_dir():
+            console.print(f"{folder} is not here; left out")
+            continue
+        table = Table("rounding", "KL", "perplexity", "keyword", "mean width", "attack seen", box=None, title=model)
+        for cells in rows_of((ROOT / folder).resolve(), quant_format, args):
+            table.add_row(*cells)
+        console.print(table)
+
+
+if __name__ == "__main__":
+    main()
