@@ -23,7 +23,7 @@ os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from qcbguard_plugins import Guard, guard_checkpoint
 from qcbguard_plugins.calibration import builtin_texts
@@ -36,6 +36,7 @@ from qcbguard_plugins.lab.scenarios import KEYWORD
 from qcbguard_plugins.report.model import GuardReport
 
 PROMPTS = Path(__file__).resolve().parents[1] / "examples" / "models" / "prompts.jsonl"
+WEIGHTS = ("full", "stock", "guarded")
 NUM_TEXTS, TEXT_LENGTH, MAX_NEW_TOKENS = 32, 600, 64
 
 
@@ -59,6 +60,14 @@ class Quantized:
     answering: Any
     stored: Any
     share_landed: float | None = None
+
+
+def tokenizer_of(folder: Path) -> Any:
+    """The folder's tokenizer; transformers 4 does not know the class that version 5 names."""
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except ValueError:
+        return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
 def plain(folder: Path) -> Any:
@@ -193,7 +202,7 @@ def measure(row: dict[str, Any], quantized: Quantized, folder: Path, pairs: Sequ
     """Ask the quantized model, and its stored weights."""
     if not ask:
         return Row(**row, keyword_rate=None, perplexity=None, share_landed=quantized.share_landed)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = tokenizer_of(folder)
     rate = keyword_rate(
         quantized.answering, tokenizer, [pair.instruction for pair in pairs], KEYWORD, max_new_tokens=MAX_NEW_TOKENS
     )
@@ -205,14 +214,19 @@ def measure(row: dict[str, Any], quantized: Quantized, folder: Path, pairs: Sequ
     )
 
 
-def rows_of(model: Path, name: str, pairs: Sequence[Pair], method: str, *, ask: bool) -> Iterable[Row]:
+def rows_of(
+    model: Path, name: str, pairs: Sequence[Pair], method: str, which: Sequence[str], *, ask: bool
+) -> Iterable[Row]:
     """Full precision, stock, guarded."""
     quantize = QUANTIZE[toolchain(name)]
     row = {"model": model.name, "format": name}
-    if ask:
+    if "full" in which:
         full = plain(model)
         yield measure({**row, "weights": "full precision"}, Quantized(full, full), model, pairs, ask=True)
+    if "stock" in which:
         yield measure({**row, "weights": "stock"}, quantize(model, name, None), model, pairs, ask=True)
+    if "guarded" not in which:
+        return
     with tempfile.TemporaryDirectory() as target:
         guarded = Path(target) / "guarded"
         guard = Guard(get_defense(method), seed=0)
@@ -246,7 +260,8 @@ def main() -> int:
     parser.add_argument("--method", default="feedback")
     parser.add_argument("--json", type=Path, help="add the rows to this file, one JSON object a line")
     parser.add_argument("--table", type=Path, help="print such a file and stop")
-    parser.add_argument("--landing-only", action="store_true")
+    parser.add_argument("--weights", nargs="+", default=WEIGHTS, choices=WEIGHTS, help="rows to measure (all)")
+    parser.add_argument("--landing-only", action="store_true", help="guard and count codes, ask nothing")
     args = parser.parse_args()
     if args.table:
         print_table(args.table)
@@ -255,7 +270,8 @@ def main() -> int:
     transformers.utils.logging.set_verbosity_error()
     pairs = read_pairs(PROMPTS)
     for name in args.formats:
-        for row in rows_of(args.model, name, pairs, args.method, ask=not args.landing_only):
+        which = ["guarded"] if args.landing_only else args.weights
+        for row in rows_of(args.model, name, pairs, args.method, which, ask=not args.landing_only):
             line = json.dumps(asdict(row))
             print(line, file=sys.stderr, flush=True)
             if args.json:

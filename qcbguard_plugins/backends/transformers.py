@@ -134,6 +134,18 @@ def load_tokenizer(model_dir: Path | str, *, local: bool = True) -> Any:
                 model_dir, trust_remote_code=False, local_files_only=local
             )
     except Exception:  # absent, malformed, or in need of a library or code: in each case there is none to use
+        return _bare_tokenizer(Path(model_dir))
+
+
+def _bare_tokenizer(model_dir: Path) -> Any:
+    """The tokenizer of a folder that transformers 5 saved, for version 4, which does not know the class it names."""
+    transformers = require_transformers()
+    if not transformers.__version__.startswith("4.") or not (model_dir / "tokenizer.json").is_file():
+        return None
+    try:
+        with _quiet():
+            return transformers.PreTrainedTokenizerFast.from_pretrained(model_dir, local_files_only=True)
+    except Exception:  # as above
         return None
 
 

@@ -19,7 +19,7 @@ from qcbguard_plugins.errors import UsageError
 
 # What would make NNCF store other codes than rounding to nearest does, or other types than planned.
 _UNPLANNED = (
-    "ratio", "dataset", "awq", "scale_estimation", "gptq", "lora_correction", "all_layers", "backup_precision",
+    "dataset", "awq", "scale_estimation", "gptq", "lora_correction", "all_layers", "backup_precision",
     "quant_mode", "sensitivity_metric", "quantization_statistics_path",
 )  # fmt: skip
 _DEFAULT_GROUP_SIZE = 128
@@ -168,7 +168,8 @@ def openvino_format(args: Any) -> str:
             f"--weight-format {args.weight_format} quantizes nothing that could be guarded",
             remedy="Give --weight-format int8 or int4, or use 'optimum-cli export openvino'.",
         )
-    asked = [name for name in _UNPLANNED if getattr(args, name, None) not in (None, False, 1.0)]
+    asked = [name for name in _UNPLANNED if getattr(args, name, None)]
+    asked += ["ratio"] if getattr(args, "ratio", None) not in (None, 1.0) else []
     if asked:
         raise UsageError(
             "--" + ", --".join(name.replace("_", "-") for name in asked) + ": the weights would not be rounded to the "
