@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from qcbguard_plugins.checkpoint.reader import Checkpoint, TensorEntry
-from qcbguard_plugins.checkpoint.writer import check_new_folder, rename_into_place, write_errors
+from qcbguard_plugins.checkpoint.writer import check_new_folder, flush_to_disk, rename_into_place, write_errors
 from qcbguard_plugins.errors import CheckpointError, QcbguardError, TargetExistsError, TeamError, UsageError
 from qcbguard_plugins.report.model import Record, TensorRecord
 from qcbguard_plugins.team import ALONE, Team
@@ -175,7 +174,8 @@ def resumable_folder(
                         f"{checkpoint.path} changed while it was read",
                         remedy="Nothing was written. Guard it again when nobody writes to it.",
                     )
-                _flush_to_disk(partial / _FOLDER)
+                for path in [*(partial / _FOLDER).rglob("*"), partial / _FOLDER]:
+                    flush_to_disk(path)
                 rename_into_place(partial / _FOLDER, target)
             except TeamError:
                 raise
@@ -265,12 +265,3 @@ def _write_whole(path: Path, text: str) -> None:
     temporary = path.with_name(f"{path.name}.new")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
-
-
-def _flush_to_disk(folder: Path) -> None:
-    for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import os
 import secrets
 import shutil
 import tempfile
@@ -47,6 +48,8 @@ def publish_folder(target: Path, source: Path) -> Iterator[Path]:
             temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
             yield temporary
             temporary.chmod(0o755)
+            for path in [*temporary.rglob("*"), temporary]:
+                flush_to_disk(path)
             rename_into_place(temporary, target)
     finally:
         if temporary is not None and temporary.exists():
@@ -79,6 +82,7 @@ def publish_file(target: Path, source: Path) -> Iterator[Path]:
         with write_errors(target):
             target.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
+            flush_to_disk(temporary)
             rename_into_place(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
@@ -115,6 +119,15 @@ def write_errors(target: Path, *, remedy: str = "Nothing was left behind.") -> I
             error.errno or 0, str(error)
         )
         raise CheckpointError(f"{target} cannot be written: {reason}", remedy=remedy) from error
+
+
+def flush_to_disk(path: Path) -> None:
+    """Have the system write a file or the entries of a folder, so that a power cut after the renaming loses nothing."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def rename_into_place(temporary: Path, target: Path) -> None:
