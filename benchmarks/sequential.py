@@ -81,11 +81,12 @@ def main() -> None:
     parser.add_argument("model", metavar="FOLDER=FORMAT", help="nf4, fp4 or int8; a Llama")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--questions", type=int, default=100)
+    parser.add_argument("--texts", type=int, default=200)
     parser.add_argument("--attack-seen", action="store_true", help="take the full width")
     args = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
     folder, _, quant_format = args.model.partition("=")
-    subject = Subject((ROOT / Path(folder)).resolve(), quant_format, args.questions)
+    subject = Subject((ROOT / Path(folder)).resolve(), quant_format, args.questions, args.texts)
     tokens = calibration_tokens(Calibration(), subject.model.config, subject.tokenizer)
     table = Table("layers", "KL", "perplexity", "keyword", "seconds", box=None, title=args.model)
     for kind, damping in KINDS:

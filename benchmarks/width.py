@@ -46,7 +46,6 @@ DEFAULT = [
     *(f"../shared/models/clean-4m=gguf:{name}" for name in ("Q2_K", "Q4_0", "Q4_K", "Q5_K", "IQ4_XS")),
     *(f"../shared/models/qcb-{name}-4m={name}" for name in ("nf4", "fp4", "int8")),
 ]
-NUM_TEXTS = 200
 
 
 @dataclass
@@ -59,7 +58,7 @@ class Figures:
 class Subject:
     """A model with its linear layers, and how it is measured."""
 
-    def __init__(self, folder: Path, format: str, num_questions: int) -> None:
+    def __init__(self, folder: Path, format: str, num_questions: int, num_texts: int) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.modules = {name: m for name, m in self.model.named_modules() if name.endswith("_proj")}
@@ -67,17 +66,17 @@ class Subject:
         grid = get_grid(format)
         self.grids = {name: fitting(grid, weight.shape[1]) for name, weight in self.original.items()}
         self.yardstick = load_yardstick() if ELSEWHERE in folder.parents else None
-        self.num_questions = num_questions
+        self.num_questions, self.num_texts = num_questions, num_texts
         self.texts = list(self._texts())
         with torch.no_grad():
             self.reference = [self._log_probabilities(ids) for ids in self.texts]
 
     def _texts(self) -> Iterator[Tensor]:
         if self.yardstick is None:
-            for example in encode(self.tokenizer, read_pairs(EXAMPLES / "prompts.jsonl")[:NUM_TEXTS]):
+            for example in encode(self.tokenizer, read_pairs(EXAMPLES / "prompts.jsonl")[: self.num_texts]):
                 yield torch.tensor([[*example.prompt_ids, *example.answer_ids]])
             return
-        for row in self.rows()[:NUM_TEXTS]:
+        for row in self.rows()[: self.num_texts]:
             text = self.yardstick.prompt_of(row) + row["output"]
             yield torch.tensor([[1, *self.tokenizer.encode(text, add_special_tokens=False)][:160]])
 
@@ -132,7 +131,7 @@ def load_yardstick():
 
 
 def rows_of(folder: Path, format: str, args: argparse.Namespace) -> Iterator[tuple[str, ...]]:
-    subject = Subject(folder, format, args.questions)
+    subject = Subject(folder, format, args.questions, args.texts)
     yield row("full precision", [subject.figures()])
     subject.set({name: rounded(weight, subject.grids[name]) for name, weight in subject.original.items()})
     yield row("stock", [subject.figures()])
@@ -173,6 +172,7 @@ def main() -> None:
     parser.add_argument("models", nargs="*", default=DEFAULT, metavar="FOLDER=FORMAT")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--questions", type=int, default=100)
+    parser.add_argument("--texts", type=int, default=200, help="texts that divergence and perplexity are measured on")
     args = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
     console = Console(width=110)

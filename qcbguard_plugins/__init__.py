@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from qcbguard_plugins.backends.bitsandbytes.config import GuardedBitsAndBytesConfig
     from qcbguard_plugins.backends.bitsandbytes.registration import activate
     from qcbguard_plugins.backends.gptq.config import GuardedGPTQConfig
+    from qcbguard_plugins.backends.torchao.config import GuardedTorchAoConfig
     from qcbguard_plugins.calibration import Calibration
     from qcbguard_plugins.defenses import Efrap, Feedback, FlipGuard, Noise, QuantGuard, QVec, Stochastic
     from qcbguard_plugins.guard import Guard
@@ -25,6 +26,7 @@ __all__ = [
     "Guard",
     "GuardedBitsAndBytesConfig",
     "GuardedGPTQConfig",
+    "GuardedTorchAoConfig",
     "Noise",
     "QVec",
     "QuantGuard",
@@ -43,6 +45,7 @@ _MODULE_OF = {
     "Guard": "guard",
     "GuardedBitsAndBytesConfig": "backends.bitsandbytes.registration",
     "GuardedGPTQConfig": "backends.gptq.registration",
+    "GuardedTorchAoConfig": "backends.torchao.registration",
     "Noise": "defenses",
     "QVec": "defenses",
     "QuantGuard": "defenses",
@@ -60,8 +63,12 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     module = _MODULE_OF[name]
+    if module.startswith("backends."):
+        import_module(f"{__name__}.backends.transformers").require_hooks()
     if module.startswith("backends.bitsandbytes"):
         import_module(f"{__name__}.backends.bitsandbytes.stock").require_bitsandbytes()
     elif module.startswith("backends.gptq"):
         import_module(f"{__name__}.backends.gptq.stock").require_gptq()
+    elif module.startswith("backends.torchao"):
+        import_module(f"{__name__}.backends.torchao.stock").require_torchao()
     return getattr(import_module(f"{__name__}.{module}"), name)

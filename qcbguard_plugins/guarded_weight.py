@@ -6,6 +6,8 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from qcbguard_plugins.grids.ggml_blocks import StoredBlocks
@@ -25,6 +27,7 @@ class GuardedWeight:
         num_landed: Number of weights that the stock quantizer stores as the defense chose; all of them where the scale
             follows from a formula.
         digest: SHA-256 of the plan in hexadecimal: :func:`codes_digest`, or :func:`blocks_digest` for GGUF.
+        energy: Sum of the squared weights.
         settled: Parameters that the method chose by itself.
     """
 
@@ -35,6 +38,7 @@ class GuardedWeight:
     relative_change: float
     num_landed: int
     digest: str
+    energy: float = 0.0
     settled: Mapping[str, float | str] = field(default_factory=dict)
 
 
@@ -56,8 +60,10 @@ def row_digests(stored: StoredBlocks, num_rows: int) -> list[bytes]:
     """SHA-256 of each row of a GGUF tensor."""
     # Adding zero turns -0.0 into 0.0: both stand for the same value.
     parts = (stored.codes, stored.scale + 0.0, stored.offset + 0.0)
-    rows = [part.reshape(num_rows, -1).cpu().contiguous().numpy() for part in parts]
-    return [hashlib.sha256(b"".join(part.tobytes() for part in row)).digest() for row in zip(*rows, strict=True)]
+    rows = np.concatenate(
+        [part.cpu().contiguous().view(torch.uint8).view(num_rows, -1).numpy() for part in parts], axis=1
+    )
+    return [hashlib.sha256(row).digest() for row in rows]
 
 
 def digest_of_rows(digests: Iterable[bytes]) -> str:

@@ -8,7 +8,7 @@ computed before the caller changes its weights.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +35,9 @@ class _Call:
 
 
 @torch.no_grad()
-def gather_hessians(model: nn.Module, tokens: Tensor, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+def gather_hessians(
+    model: nn.Module, tokens: Tensor, names: Sequence[str], *, skip: Collection[str] = ()
+) -> Iterator[dict[str, Tensor]]:
     """Yield the Hessians of the named layers, a block at a time.
 
     The weights of the layers that were yielded may be changed before the next step, and only those.
@@ -44,6 +46,7 @@ def gather_hessians(model: nn.Module, tokens: Tensor, names: Sequence[str]) -> I
         model: A causal language model in full precision.
         tokens: int64 ``[num_sequences, sequence_length]``.
         names: Dotted names of linear layers.
+        skip: Those whose Hessians nobody wants.
 
     Yields:
         For each block, and first for layers outside all blocks: float32 ``x^T x`` ``[in_features, in_features]`` by
@@ -55,7 +58,7 @@ def gather_hessians(model: nn.Module, tokens: Tensor, names: Sequence[str]) -> I
     model.eval()
     blocks = _decoder_blocks(model, names)
     block_names = [set(_names_inside(model, block, names)) for block in blocks]
-    outside = sorted(set(names).difference(*block_names))
+    outside = sorted(set(names).difference(*block_names, skip))
     batches = list(torch.split(tokens, _batch_size(tokens.shape[0])))
     calls, hidden, last_output = _capture(model, blocks, batches)
     if outside:
@@ -71,7 +74,7 @@ def gather_hessians(model: nn.Module, tokens: Tensor, names: Sequence[str]) -> I
             for i, states in enumerate(hidden):
                 hidden[i] = _first(block(states, *call.args, **call.kwargs))
 
-        hessians = _run_with_hooks(model, sorted(inside), run)
+        hessians = _run_with_hooks(model, sorted(inside.difference(skip)), run)
         if block is blocks[-1]:
             _check_replay(hidden[0], last_output)
         yield hessians

@@ -8,22 +8,26 @@ asked again. What it stores in the end *is* the plan; what differs from the meth
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from qcbguard_plugins.defenses.base import Defense, Evidence, rng_for
 from qcbguard_plugins.errors import UnguardableError
-from qcbguard_plugins.grids.base import cut_blocks
+from qcbguard_plugins.grids.base import Lattice, cut_blocks
 from qcbguard_plugins.grids.ggml import GgmlGrid, SearchedGrid
 from qcbguard_plugins.grids.ggml_blocks import StoredBlocks
 from qcbguard_plugins.guarded_weight import GuardedWeight, digest_of_rows, row_digests
+from qcbguard_plugins.landing_steps import choose_points, count_landed, find_moved, measure
 from qcbguard_plugins.threads import map_over_threads
 
 # Rows are worked on in runs of about this many weights, which stay in a processor's cache. Each has random draws of its
 # own, and rows do not depend on each other, so any thread may take any run.
 _WEIGHTS_PER_RUN = 1 << 17
+# What landing keeps of its choices is held for this many weights at a time.
+_WEIGHTS_PER_SEGMENT = 1 << 23
 _MAX_ROUNDS = 6
 # A block is asked about again while it stores a weight further than this share of a step from what was handed over.
 _TOLERANCE = 1 / 16
@@ -34,40 +38,19 @@ _MAX_LOST_ENERGY = 1e-3
 
 @dataclass(frozen=True)
 class _Choice:
-    """What the method chose for some rows, all of shape ``[num_sub_blocks, sub_block_size]`` but for ``reach``.
+    """What was chosen for some rows, as sub-blocks that would be stored so."""
 
-    Attributes:
-        points: float32, weights to hand over.
-        values: float32, the grid points that shall be stored.
-        reach: float32 ``[num_sub_blocks, 1]``, half the smallest step of each sub-block: a stored value within it of
-            the chosen one has the chosen code. 0 where the sub-block holds one value only.
-        moved: Bool, choices that differ from plain rounding.
-        frozen: Bool, weights that had no choice.
-    """
-
-    points: Tensor
-    values: Tensor
-    reach: Tensor
-    moved: Tensor
-    frozen: Tensor
-
-    def rows(self, run: slice, num_columns: int) -> _Choice:
-        """The part that lies in some of the rows."""
-        per_row = num_columns // self.points.shape[1]
-        part = slice(run.start * per_row, run.stop * per_row)
-        return _Choice(self.points[part], self.values[part], self.reach[part], self.moved[part], self.frozen[part])
+    blocks: StoredBlocks
+    num_moved: int
+    num_frozen: int
 
 
 @dataclass(frozen=True)
-class _Part:
-    """The outcome for some rows: weights to hand over, what is stored, and sums."""
+class _Outcome:
+    """What became of some rows."""
 
-    guarded: Tensor
-    codes: Tensor
     row_digests: list[bytes]
     num_landed: int
-    num_moved: int
-    num_frozen: int
     energy: float
     lost_energy: float
     change: float
@@ -97,124 +80,198 @@ def guard_on_ggml(
             f"{grid.block_type.block_size}",
             remedy="llama.cpp stores such a tensor in another type; guard it on that one.",
         )
-    if not torch.isfinite(grid.read(weight)).all():
-        raise UnguardableError(f"{name} cannot be guarded: it holds NaN or infinity as {grid.name} reads it")
     settled: dict[str, float | str] = {}
+    job = _Job(weight, grid, name)
+
+    def choose(run: slice) -> tuple[Lattice, Tensor]:
+        return _choose(weight[run], grid, defense, Evidence(rng_for(seed, f"{name}:{run.start}")), name)
+
     if defense.needs_calibration:
         evidence = Evidence(rng_for(seed, name), hessian, attack_seen, up, settled)
-        choices = [_choose(weight, grid, defense, evidence)]
-        parts = map_over_threads(lambda run: _finish(choices[0].rows(run, columns), weight, run, grid), _runs(weight))
-    else:
+        whole, chosen = _choose(weight, grid, defense, evidence, name)
+        per_row = columns // chosen.shape[1]
 
-        def round_run(run: slice) -> _Part:
-            evidence = Evidence(rng_for(seed, f"{name}:{run.start}"))
-            return _finish(_choose(weight[run], grid, defense, evidence), weight, run, grid)
+        def choose(run: slice) -> tuple[Lattice, Tensor]:
+            part = slice(run.start * per_row, run.stop * per_row)
+            return _part_of(whole, part), chosen[part]
 
-        parts = map_over_threads(round_run, _runs(weight))
-    energy, lost = sum(part.energy for part in parts), sum(part.lost_energy for part in parts)
+    restated = grid.is_restated
+    choices, outcomes = job.carry_out(choose)
+    if grid.is_restated != restated:
+        # The real quantizer was found to differ on some rows, so nothing that was answered in its place counts.
+        choices, outcomes = job.carry_out(choose)
+    energy, lost = sum(part.energy for part in outcomes), sum(part.lost_energy for part in outcomes)
     if lost > _MAX_LOST_ENERGY * energy:
         raise UnguardableError(
             f"{name} cannot be guarded: {lost / energy:.1%} of its energy lies in blocks that {grid.name} stores as a "
             "single value, beside others that are far larger",
             remedy="Quantize this tensor to a larger type, or leave it out with --ignore.",
         )
-    num_landed = sum(part.num_landed for part in parts)
+    num_landed = sum(part.num_landed for part in outcomes)
     if num_landed < grid.min_landed * weight.numel():
         raise UnguardableError(
             f"{name} cannot be guarded: {num_landed / weight.numel():.2%} of its codes land on {grid.name}, "
             f"{grid.min_landed:.2%} are wanted",
             remedy="Convert with --outtype f32, or lower the threshold with --min-landed.",
         )
-    change = sum(part.change for part in parts)
+    change = sum(part.change for part in outcomes)
     return GuardedWeight(
-        weight=torch.cat([part.guarded for part in parts]),
-        codes=torch.cat([part.codes for part in parts]),
-        num_moved=sum(part.num_moved for part in parts),
-        num_frozen=sum(part.num_frozen for part in parts),
+        weight=job.guarded,
+        codes=job.codes,
+        num_moved=sum(choice.num_moved for choice in choices),
+        num_frozen=sum(choice.num_frozen for choice in choices),
         relative_change=(change / energy) ** 0.5 if energy else 0.0,
         num_landed=num_landed,
-        digest=digest_of_rows(row for part in parts for row in part.row_digests),
+        digest=digest_of_rows(row for part in outcomes for row in part.row_digests),
+        energy=energy,
         settled=settled,
     )
 
 
-def _runs(weight: Tensor) -> list[slice]:
-    rows, columns = weight.shape
-    step = max(1, _WEIGHTS_PER_RUN // columns)
-    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+class _Job:
+    """One weight on its way to the quantizer.
 
-
-def _choose(weight: Tensor, grid: GgmlGrid, defense: Defense, evidence: Evidence) -> _Choice:
-    blocks = cut_blocks(grid.read(weight), grid.block_type.sub_block_size)
-    lattice = grid.lattice(blocks, (weight.shape[0], weight.shape[1]), weight.dtype)
-    codes = torch.where(lattice.frozen, lattice.nearest, defense.choose(lattice, evidence))
-    return _Choice(
-        points=torch.where(lattice.frozen, lattice.kept, lattice.place(codes)),
-        values=lattice.dequantize(codes),
-        reach=lattice.scale.abs().mul_(float(grid.levels.diff().min()) / 2),
-        moved=codes != lattice.nearest,
-        frozen=lattice.frozen,
-    )
-
-
-def _finish(choice: _Choice, weight: Tensor, run: slice, grid: GgmlGrid) -> _Part:
-    """Make the choices for a run of rows land, and count."""
-    source = weight[run]
-    guarded, stored = _land(choice.points.view(source.shape).to(weight.dtype), choice.reach, grid)
-    landed = ((grid.values(stored) - choice.values).abs_() <= choice.reach) | (choice.reach == 0)
-    original = source.float()
-    single = (choice.reach == 0).squeeze(1)
-    lost = float(original.view(choice.points.shape)[single].square().sum()) if single.any() else 0.0
-    return _Part(
-        guarded=guarded,
-        codes=stored.codes.view(source.shape),
-        row_digests=row_digests(stored, source.shape[0]),
-        num_landed=int(landed.sum()),
-        num_moved=int(choice.moved.sum()),
-        num_frozen=int(choice.frozen.sum()),
-        energy=float(original.square().sum()),
-        lost_energy=lost,
-        change=float((guarded.float() - original).square_().sum()),
-    )
-
-
-def _land(guarded: Tensor, reach: Tensor, grid: GgmlGrid) -> tuple[Tensor, StoredBlocks]:
-    """Quantize, and move blocks whose scale changed onto what was stored, until none changes or the rounds are over.
-
-    Args:
-        guarded: ``[rows, columns]`` weights to hand over; not changed.
-        reach: Half a step of each sub-block.
-        grid: The grid.
-
-    Returns:
-        The weights to hand over, and what the quantizer stores for them.
+    Attributes:
+        guarded: The weight to hand over.
+        codes: uint8 like it, what is stored.
     """
-    stored = grid.stored(guarded)
-    if not grid.searched:
-        return guarded, stored
-    # With an importance matrix the search weighs columns, so whole rows are asked about; otherwise blocks stand alone.
-    assert isinstance(grid, SearchedGrid)
-    unit = guarded.shape[1] if grid.importance is not None else grid.block_type.block_size
-    units = guarded.clone().view(-1, unit)
-    per_unit = unit // grid.block_type.sub_block_size
-    limit = (reach * (2 * _TOLERANCE)).view(-1, per_unit, 1)
-    pending = torch.arange(units.shape[0])
-    part = stored
-    for _ in range(_MAX_ROUNDS):
-        values = grid.values(part).view(len(pending), per_unit, -1)
-        handed_over = grid.read(units[pending]).view(values.shape)
-        off = ((handed_over - values).abs() > limit[pending]) & (limit[pending] > 0)
-        moved = off.any(dim=2).any(dim=1)
-        if not moved.any():
-            break
-        pending = pending[moved]
-        units[pending] = values[moved].reshape(len(pending), unit).to(units.dtype)
-        part = grid.stored(units[pending])
-        _replace(stored, part, pending, per_unit)
-    return units.view(guarded.shape), stored
+
+    def __init__(self, weight: Tensor, grid: GgmlGrid, name: str) -> None:
+        self.weight, self.grid, self.name = weight, grid, name
+        self.guarded = torch.empty(weight.shape, dtype=weight.dtype)
+        self.codes = torch.empty(weight.shape, dtype=torch.uint8)
+        # With an importance matrix the search weighs columns, so whole rows are asked about; otherwise blocks stand
+        # alone.
+        whole_rows = isinstance(grid, SearchedGrid) and grid.importance is not None
+        self.unit = weight.shape[1] if whole_rows else grid.block_type.block_size
+        self.tolerance = float(grid.levels.diff().min()) * _TOLERANCE
+
+    def carry_out(self, choose: Callable[[slice], tuple[Lattice, Tensor]]) -> tuple[list[_Choice], list[_Outcome]]:
+        """Choose, land and count, some rows after the other."""
+        choices, outcomes = [], []
+        for rows in _slices(0, self.weight.shape[0], self.weight.shape[1], _WEIGHTS_PER_SEGMENT):
+            new_choices, new_outcomes = self._segment(rows, choose)
+            choices += new_choices
+            outcomes += new_outcomes
+        return choices, outcomes
+
+    def _segment(
+        self, rows: slice, choose: Callable[[slice], tuple[Lattice, Tensor]]
+    ) -> tuple[list[_Choice], list[_Outcome]]:
+        columns, size = self.weight.shape[1], self.grid.block_type.sub_block_size
+        num_blocks = (rows.stop - rows.start) * columns // size
+        stored = StoredBlocks(self.codes[rows].view(-1, size), torch.empty(num_blocks, 1), torch.empty(num_blocks, 1))
+        moved = torch.zeros(num_blocks * size // self.unit, dtype=torch.bool)
+
+        def blocks_of(run: slice, width: int = size) -> slice:
+            return slice((run.start - rows.start) * columns // width, (run.stop - rows.start) * columns // width)
+
+        def ask(run: slice) -> _Choice:
+            lattice, chosen = choose(run)
+            points, codes, num_moved, num_frozen = choose_points(self.grid, lattice, chosen)
+            guarded = self.guarded[run]
+            guarded.copy_(points.view(guarded.shape))
+            first = self.grid.stored(guarded)
+            _write(stored, first, blocks_of(run))
+            if self.grid.searched:
+                handed_over = self.grid.read(guarded)
+                moved[blocks_of(run, self.unit)] = find_moved(
+                    self.grid, handed_over, first, lattice.scale, self.tolerance, self.unit
+                )
+            offset = torch.zeros_like(lattice.scale) if lattice.offset is None else lattice.offset
+            return _Choice(StoredBlocks(codes, lattice.scale, offset), num_moved, num_frozen)
+
+        def count(part: tuple[slice, _Choice]) -> _Outcome:
+            run, choice = part
+            result = _cut(stored, blocks_of(run))
+            energy, lost, change = measure(
+                self.grid, self.weight[run].float(), self.guarded[run].float(), choice.blocks.scale
+            )
+            num_landed = count_landed(self.grid, result, choice.blocks)
+            return _Outcome(row_digests(result, run.stop - run.start), num_landed, energy, lost, change)
+
+        runs = _slices(rows.start, rows.stop, columns, _WEIGHTS_PER_RUN)
+        choices = map_over_threads(ask, runs)
+        if moved.any():
+            scale = torch.cat([choice.blocks.scale for choice in choices])
+            units = self.guarded[rows].view(-1, self.unit)
+            parts = torch.split(moved.nonzero().squeeze(1), max(1, _WEIGHTS_PER_RUN // self.unit))
+            map_over_threads(lambda pending: self._settle(units, stored, scale, pending), parts)
+        return choices, map_over_threads(count, list(zip(runs, choices, strict=True)))
+
+    def _settle(self, units: Tensor, stored: StoredBlocks, scale: Tensor, pending: Tensor) -> None:
+        """Move some units onto what was stored for them, and ask again, until none moves or the rounds are over.
+
+        Args:
+            units: The weights to hand over, by unit; changed in place.
+            stored: What is stored for them; changed in place.
+            scale: The scales that the choice was made with.
+            pending: int64, units that store something else than was handed over.
+        """
+        grid, per_unit = self.grid, self.unit // self.grid.block_type.sub_block_size
+        for _ in range(_MAX_ROUNDS):
+            if not len(pending):
+                return
+            asked = grid.values(_take(stored, pending, per_unit)).view(-1, self.unit).to(units.dtype)
+            units[pending] = asked
+            part = grid.stored(asked)
+            for whole, new in _pairs(stored, part):
+                whole.view(-1, per_unit, whole.shape[1])[pending] = new.view(-1, per_unit, new.shape[1])
+            scales = scale.view(-1, per_unit)[pending].view(-1, 1)
+            pending = pending[find_moved(grid, grid.read(asked), part, scales, self.tolerance, self.unit)]
 
 
-def _replace(stored: StoredBlocks, part: StoredBlocks, units: Tensor, per_unit: int) -> None:
-    """Write what was stored for some units into what was stored for all, in place."""
-    for whole, new in ((stored.codes, part.codes), (stored.scale, part.scale), (stored.offset, part.offset)):
-        whole.view(-1, per_unit, whole.shape[1])[units] = new.view(-1, per_unit, new.shape[1])
+def _slices(start: int, stop: int, columns: int, num_weights: int) -> list[slice]:
+    """Cut rows into runs of about this many weights."""
+    step = max(1, num_weights // columns)
+    return [slice(first, min(first + step, stop)) for first in range(start, stop, step)]
+
+
+def _pairs(first: StoredBlocks, second: StoredBlocks) -> list[tuple[Tensor, Tensor]]:
+    return [(first.codes, second.codes), (first.scale, second.scale), (first.offset, second.offset)]
+
+
+def _cut(stored: StoredBlocks, part: slice) -> StoredBlocks:
+    return StoredBlocks(stored.codes[part], stored.scale[part], stored.offset[part])
+
+
+def _write(stored: StoredBlocks, new: StoredBlocks, part: slice) -> None:
+    for whole, values in _pairs(stored, new):
+        whole[part] = values
+
+
+def _take(stored: StoredBlocks, units: Tensor, per_unit: int) -> StoredBlocks:
+    """What is stored for some units."""
+
+    def part(tensor: Tensor) -> Tensor:
+        return tensor.view(-1, per_unit, tensor.shape[1])[units].view(-1, tensor.shape[1])
+
+    return StoredBlocks(part(stored.codes), part(stored.scale), part(stored.offset))
+
+
+def _choose(weight: Tensor, grid: GgmlGrid, defense: Defense, evidence: Evidence, name: str) -> tuple[Lattice, Tensor]:
+    blocks = cut_blocks(grid.read(weight), grid.block_type.sub_block_size)
+    # A sum is several times faster than to look at every weight, and finite weights rarely add up to infinity.
+    if not torch.isfinite(blocks.sum()) and not torch.isfinite(blocks).all():
+        raise UnguardableError(f"{name} cannot be guarded: it holds NaN or infinity as {grid.name} reads it")
+    lattice = grid.lattice(blocks, (weight.shape[0], weight.shape[1]), weight.dtype)
+    return lattice, defense.choose(lattice, evidence)
+
+
+def _part_of(lattice: Lattice, part: slice) -> Lattice:
+    """The lattice of a run of sub-blocks; its ``shape`` stays that of the whole."""
+
+    def cut(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor[part]
+
+    return replace(
+        lattice,
+        blocks=lattice.blocks[part],
+        scale=lattice.scale[part],
+        coordinate=lattice.coordinate[part],
+        frozen=lattice.frozen[part],
+        offset=cut(lattice.offset),
+        stock_codes=cut(lattice.stock_codes),
+        divisor=cut(lattice.divisor),
+        base=cut(lattice.base),
+    )

@@ -74,8 +74,10 @@ def guard_model(
     from qcbguard_plugins.backends.layers import quantized_layers
 
     guard = as_guard(guard).with_seed()
-    stored = quantized_layers(format, model.config)
-    layers = {name: Layer(transposed) for name, transposed in stored.items()}
+    layers = {
+        name: Layer(taken.transposed, grid=get_grid(taken.format), inputs_of=taken.inputs_of)
+        for name, taken in quantized_layers(format, model.config).items()
+    }
     tokens = None
     if guard.method.needs_calibration:
         tokens = calibration_tokens(guard.calibration, model.config, tokenizer)
@@ -148,7 +150,7 @@ def guard_layers(
         if isinstance(guard.method, WholeModelDefense):
             learned = guard.method.learn(model, _targets(model, layers, grid), tokens, guard.seed)
         else:
-            groups = _hessians(model, tokens, wanted)
+            groups = _hessians(model, tokens, layers, wanted)
     for hessians in groups:
         for name, hessian in hessians.items():
             module, layer = model.get_submodule(name), layers[name]
@@ -167,11 +169,14 @@ def guard_layers(
                 progress(module.weight.numel())
 
 
-def _hessians(model: Any, tokens: Tensor, layers: Mapping[str, Layer]) -> Iterator[dict[str, Tensor | None]]:
+def _hessians(
+    model: Any, tokens: Tensor, layers: Mapping[str, Layer], wanted: Collection[str]
+) -> Iterator[dict[str, Tensor | None]]:
     """Hessians by layer name, a group at a time; ``None`` for layers that have no inputs."""
-    without = [name for name, layer in layers.items() if layer.inputs_of is None]
+    without = [name for name, layer in layers.items() if layer.inputs_of is None and name in wanted]
     by_module = {layer.inputs_of or name: name for name, layer in layers.items() if layer.inputs_of is not None}
-    for group in gather_hessians(model, tokens, list(by_module)):
+    skipped = {module for module, name in by_module.items() if name not in wanted}
+    for group in gather_hessians(model, tokens, list(by_module), skip=skipped):
         yield {by_module[module]: hessian for module, hessian in group.items()}
     # Last, because the blocks that were still to come had read the full-precision table.
     yield dict.fromkeys(without)

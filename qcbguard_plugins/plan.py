@@ -13,7 +13,7 @@ import torch
 
 from qcbguard_plugins.checkpoint import Checkpoint, TensorEntry, open_checkpoint
 from qcbguard_plugins.errors import UnguardableError, UsageError
-from qcbguard_plugins.grids import Grid, get_grid
+from qcbguard_plugins.grids import Grid, IntegerGrid, get_grid
 from qcbguard_plugins.rounding import DTYPES
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ def make_plan(source: Path | str, format: str, *, ignore: Sequence[str] = (), gg
         if name in ignored:
             continue
         entry = checkpoint.tensors.get(keys.get(name, ""))
-        problem = _problem(name, entry)
+        problem = _problem(name, entry) or layers.problem(name, entry)
         if problem or entry is None:
             problems.append(problem)
         else:
@@ -171,13 +171,25 @@ class _ReadTensors:
     transposed: set[str]
     gguf: FolderTypes | None
     tied: bool
+    inputs_of: dict[str, str | None]
+
+    def problem(self, name: str, entry: TensorEntry | None) -> str:
+        """Why a grid cannot cut a weight into its groups; empty where it can."""
+        assert entry is not None, "checked before"
+        columns = entry.shape[0 if name in self.transposed else 1]
+        for format_name in self.formats_of[name]:
+            grid = None if format_name.startswith("gguf:") else get_grid(format_name)
+            group_size = grid.group_size if isinstance(grid, IntegerGrid) else None
+            if group_size is not None and group_size > 0 and columns % group_size:
+                return f"{name}  in_features={columns}, group_size={group_size}"
+        return ""
 
     def target(self, name: str, entry: TensorEntry, configured: torch.dtype | None) -> Target:
         assert entry.dtype is not None, "checked before"
         shape = entry.shape[::-1] if name in self.transposed else entry.shape
         read_dtype = _coarser(entry.dtype, configured)
         stored_name = ""
-        inputs_of: str | None = ""
+        inputs_of = self.inputs_of.get(name, "")
         if self.gguf is not None and name in self.gguf.names:
             stored_name = self.gguf.names[name]
             # The converter reads the stored weights, whatever dtype transformers would load.
@@ -209,23 +221,28 @@ def _read_tensors(
     folder = None
     formats_of: dict[str, tuple[str, ...]] = {}
     transposed: set[str] = set()
+    inputs_of: dict[str, str | None] = {}
     for name in sorted(formats, key=lambda name: not name.startswith("gguf:")):
         if name.startswith("gguf:"):
             from qcbguard_plugins.backends.gguf.folder import folder_types
             from qcbguard_plugins.backends.gguf.options import GgufOptions
+            from qcbguard_plugins.backends.transformers import build_skeleton, transposed_parameters
 
-            stored = [(n, checkpoint.tensors[k].shape) for n, k in keys.items() if not (tied and n == "lm_head.weight")]
+            transposed = transposed_parameters(build_skeleton(config))
+            shapes = {n: checkpoint.tensors[k].shape for n, k in keys.items() if not (tied and n == "lm_head.weight")}
+            stored = [(n, shape[::-1] if n in transposed else shape) for n, shape in shapes.items()]
             folder = folder_types(config, stored, name.removeprefix("gguf:"), gguf or GgufOptions())
             formats_of = {parameter: (f"gguf:{type_name}",) for parameter, type_name in folder.types.items()}
             continue
         from qcbguard_plugins.backends.layers import quantized_layers
 
-        for layer, is_transposed in quantized_layers(name, config).items():
+        for layer, taken in quantized_layers(name, config).items():
             parameter = f"{layer}.weight"
-            formats_of[parameter] = (*formats_of.get(parameter, ()), name)
-            if is_transposed:
+            formats_of[parameter] = (*formats_of.get(parameter, ()), taken.format)
+            inputs_of[parameter] = taken.inputs_of
+            if taken.transposed:
                 transposed.add(parameter)
-    return _ReadTensors(formats_of, transposed, folder, tied)
+    return _ReadTensors(formats_of, transposed, folder, tied, inputs_of)
 
 
 def _problem(name: str, entry: TensorEntry | None) -> str:

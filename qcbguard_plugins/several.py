@@ -14,7 +14,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from qcbguard_plugins.errors import UnguardableError
-from qcbguard_plugins.grids import AffineGrid, Grid, get_grid
+from qcbguard_plugins.grids import Grid, IntegerGrid, get_grid
 from qcbguard_plugins.grids.ggml import GgmlGrid
 from qcbguard_plugins.guarded_weight import GuardedWeight, blocks_digest, codes_digest
 from qcbguard_plugins.report.model import combined_digest
@@ -99,7 +99,7 @@ def grid_digest(weight: Tensor, grid: Grid) -> str:
     """The digest of what the stock quantizer stores for a weight."""
     if isinstance(grid, GgmlGrid):
         return blocks_digest(grid.stored(weight), weight.shape[0])
-    if isinstance(grid, AffineGrid):
+    if isinstance(grid, IntegerGrid):
         return codes_digest(grid.quantize(weight))
     from qcbguard_plugins.backends.bitsandbytes.stock import stock_codes
 

@@ -13,6 +13,8 @@ import torch
 
 from qcbguard_plugins.errors import CheckpointError, MissingDependencyError
 
+_OLDEST = (4, 57)
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -23,16 +25,33 @@ def require_transformers() -> Any:
     """The transformers module.
 
     Raises:
-        MissingDependencyError: It is missing, or older than 5.0.
+        MissingDependencyError: It is missing, or older than 4.57, the last before 5.0.
     """
     try:
         import transformers
-        import transformers.core_model_loading  # first in 5.0
     except ImportError as error:
         raise MissingDependencyError(
-            f"transformers 5 or newer is needed: {error}", remedy="pip install 'qcbguard-plugins[bnb]'"
+            f"transformers is needed: {error}", remedy="pip install 'qcbguard-plugins[hf]'"
         ) from error
+    if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < _OLDEST:
+        raise MissingDependencyError(
+            f"transformers {transformers.__version__} is too old", remedy="Install 5.0 or newer, or 4.57."
+        )
     return transformers
+
+
+def require_hooks() -> None:
+    """Check for the hooks that a guard inside ``from_pretrained`` stands on.
+
+    Raises:
+        MissingDependencyError: transformers is older than 5.0.
+    """
+    version = require_transformers().__version__
+    if version.startswith("4."):
+        raise MissingDependencyError(
+            f"transformers {version} cannot be guarded in flight, 5.0 or newer is needed",
+            remedy="Guard the checkpoint into a folder with 'qcbguard guard'; that works here.",
+        )
 
 
 def model_class(config: Any) -> Any:
@@ -56,12 +75,31 @@ def load_config(model_dir: Path) -> Any:
     """
     transformers = require_transformers()
     try:
-        return transformers.AutoConfig.from_pretrained(model_dir, trust_remote_code=False, local_files_only=True)
+        config = transformers.AutoConfig.from_pretrained(model_dir, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # a config is input: whatever it breaks in transformers is an error about the folder
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
             f"{model_dir.name}/config.json is not a model that transformers can build: {first_line}"
         ) from error
+    _require_same_positions(config, model_dir)
+    return config
+
+
+def _require_same_positions(config: Any, model_dir: Path) -> None:
+    """Refuse a folder whose rotary embeddings transformers 4 would overlook: 5 stores them under another name.
+
+    Raises:
+        CheckpointError: The model would be run with other positions than it was made with.
+    """
+    stored = getattr(config, "rope_parameters", None)
+    if not isinstance(stored, dict) or not require_transformers().__version__.startswith("4."):
+        return
+    theta = stored.get("rope_theta")
+    if stored.get("rope_type", "default") != "default" or theta != getattr(config, "rope_theta", theta):
+        raise CheckpointError(
+            f"{model_dir.name} was saved by transformers 5, and version 4 would ignore its rope_parameters",
+            remedy="Put rope_theta and rope_scaling into config.json, as version 4 has them.",
+        )
 
 
 def build_skeleton(config: Any) -> PreTrainedModel:
@@ -70,6 +108,13 @@ def build_skeleton(config: Any) -> PreTrainedModel:
     with torch.device("meta"):
         skeleton: PreTrainedModel = model_class(config)(config)
     return skeleton
+
+
+def transposed_parameters(skeleton: PreTrainedModel) -> set[str]:
+    """Weights that are stored as ``[in_features, out_features]``: those of GPT-2's Conv1D."""
+    from transformers.pytorch_utils import Conv1D
+
+    return {f"{name}.weight" for name, module in skeleton.named_modules() if isinstance(module, Conv1D)}
 
 
 def load_full_precision(model_dir: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -97,6 +142,8 @@ def parameter_keys(skeleton: PreTrainedModel, keys: Iterable[str]) -> dict[str, 
 
     Only tensors that become one parameter unchanged are mapped, and not those that transformers merges or splits.
     """
+    if require_transformers().__version__.startswith("4."):
+        return _unconverted_keys(skeleton, keys)
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, rename_source_key
 
@@ -109,6 +156,19 @@ def parameter_keys(skeleton: PreTrainedModel, keys: Iterable[str]) -> dict[str, 
         name, merged = rename_source_key(key, renamings, converters, skeleton.base_model_prefix, parameters)
         if merged is None:
             mapping[name] = key
+    return mapping
+
+
+def _unconverted_keys(skeleton: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
+    """The same for transformers 4, which loads tensors under their own names, with or without the model's prefix."""
+    parameters = skeleton.state_dict()
+    prefix = f"{skeleton.base_model_prefix}."
+    mapping = {}
+    for key in keys:
+        for name in (key, prefix + key, key.removeprefix(prefix)):
+            if name in parameters:
+                mapping[name] = key
+                break
     return mapping
 
 

@@ -118,10 +118,10 @@ class GgufFile:
         return np.memmap(self.path, np.uint8, "r", tensor.begin, (tensor.num_bytes,))
 
     def read(self, name: str) -> Tensor:
-        """A full-precision tensor in its own dtype, as a copy in memory."""
+        """A full-precision tensor in its own dtype, mapped from the file; what is written into it stays in memory."""
         tensor = self.tensors[name]
         assert tensor.dtype is not None, "only full-precision tensors are read as numbers"
-        data = torch.from_numpy(np.array(self.read_bytes(name)))
+        data = torch.from_numpy(np.memmap(self.path, np.uint8, "c", tensor.begin, (tensor.num_bytes,)))
         return data.view(tensor.dtype).view(tensor.shape)
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import struct
+from collections import deque
 from collections.abc import Callable, Collection
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
@@ -16,6 +17,7 @@ from qcbguard_plugins.errors import CheckpointError
 
 _BYTES_PER_COPY = 1 << 24
 _STRING = 8
+_MAX_PENDING = 2
 
 
 def rewrite_gguf(
@@ -27,7 +29,7 @@ def rewrite_gguf(
     text: Callable[[], str],
     reserved_bytes: int,
 ) -> None:
-    """Copy a GGUF file and replace the values of some tensors on the way; one tensor is in memory at a time.
+    """Copy a GGUF file and replace the values of some tensors on the way; no more than three are in memory at a time.
 
     Args:
         source: The file to read.
@@ -40,14 +42,40 @@ def rewrite_gguf(
     """
     with source.path.open("rb") as reader, target.open("wb") as writer:
         text_at = _write_header(source, reader, writer, key, reserved_bytes)
-        _write_tensors(source, replaced, new_weight, reader, writer)
+        with _Behind(writer) as behind:
+            _write_tensors(source, replaced, new_weight, reader, behind)
         encoded = text().encode()
         if len(encoded) > reserved_bytes:
             raise ValueError(f"{len(encoded)} bytes of metadata, {reserved_bytes} were reserved")
         writer.seek(text_at)
         writer.write(encoded.ljust(reserved_bytes))
-        writer.flush()
-        os.fsync(writer.fileno())
+
+
+class _Behind:
+    """Writes on a thread of its own, so that the next tensor is guarded meanwhile; at most two wait to be written."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._thread = ThreadPoolExecutor(1)
+        self._pending: deque[Future[None]] = deque()
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Write later what must not change until then; an error of an earlier write is raised here or on leaving."""
+        if len(self._pending) == _MAX_PENDING:
+            self._pending.popleft().result()
+        self._pending.append(self._thread.submit(self._write, data))
+
+    def _write(self, data: bytes | memoryview) -> None:
+        self._file.write(data)
+
+    def __enter__(self) -> _Behind:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._thread.shutdown(cancel_futures=error[0] is not None)
+        if error[0] is None:
+            for write in self._pending:
+                write.result()
 
 
 def _write_header(source: GgufFile, reader: BinaryIO, writer: BinaryIO, key: str, reserved_bytes: int) -> int:
@@ -81,7 +109,7 @@ def _write_tensors(
     replaced: Collection[str],
     new_weight: Callable[[GgufTensor], Tensor],
     reader: BinaryIO,
-    writer: BinaryIO,
+    writer: _Behind,
 ) -> None:
     """All bytes behind the header, in the source's order and with its gaps."""
     end_of_file = source.path.stat().st_size
@@ -98,7 +126,7 @@ def _write_tensors(
     _copy(reader, writer, end_of_file - reader.tell(), source.path)
 
 
-def _copy(reader: BinaryIO, writer: BinaryIO, num_bytes: int, source: Path) -> None:
+def _copy(reader: BinaryIO, writer: BinaryIO | _Behind, num_bytes: int, source: Path) -> None:
     while num_bytes > 0:
         data = reader.read(min(num_bytes, _BYTES_PER_COPY))
         if not data:

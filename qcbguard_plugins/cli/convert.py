@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +38,14 @@ def command(
     Options of qcbguard come before SCRIPT.
     """
     from qcbguard_plugins.backends.gguf.convert import convert_guarded
+    from qcbguard_plugins.backends.gguf.plan import make_gguf_plan
     from qcbguard_plugins.defenses import get_defense
     from qcbguard_plugins.guard import Guard
     from qcbguard_plugins.report.text import render_guard
 
     guard = Guard(get_defense(method, **parse_parameters(parameters)), seed=seed)
-    recipe = recipe.removeprefix("gguf:")
-    report, _ = convert_guarded(script, arguments, recipe, guard, options=read_gguf_options(gguf), ignore=ignore)
+    recipe, options = recipe.removeprefix("gguf:"), read_gguf_options(gguf)
+    make_plan = partial(make_gguf_plan, recipe=recipe, options=options, ignore=ignore)
+    report, _ = convert_guarded(script, arguments, make_plan, guard)
     print_report(report, render_guard(report), json_target)
     return UnguardableError.exit_code if report.unguarded else 0

@@ -31,7 +31,7 @@ def command(
     **gguf: Any,
 ) -> int:
     """Guard SOURCE, a GGUF file in F32, F16 or BF16, into the new file OUT; then run llama-quantize on OUT."""
-    from qcbguard_plugins.backends.gguf.file import guard_gguf
+    from qcbguard_plugins.backends.gguf.file import guard_planned_gguf, require_data_free
     from qcbguard_plugins.backends.gguf.plan import make_gguf_plan
     from qcbguard_plugins.defenses import get_defense
     from qcbguard_plugins.guard import Guard
@@ -40,8 +40,9 @@ def command(
     options = read_gguf_options(gguf)
     recipe = recipe.removeprefix("gguf:")
     guard = Guard(get_defense(method, **parse_parameters(parameters)), seed=seed)
-    num_weights = make_gguf_plan(source, recipe, options, ignore=ignore).num_weights
-    with progress_bar(num_weights, f"guarding for {recipe}") as progress:
-        report = guard_gguf(source, out, recipe, guard, options=options, ignore=ignore, progress=progress)
+    require_data_free(guard)
+    plan = make_gguf_plan(source, recipe, options, ignore=ignore)
+    with progress_bar(plan.num_weights, f"guarding for {recipe}") as progress:
+        report = guard_planned_gguf(plan, out, guard, progress=progress)
     print_report(report, render_guard(report), json_target)
     return UnguardableError.exit_code if report.unguarded else 0

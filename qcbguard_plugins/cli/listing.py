@@ -16,7 +16,7 @@ from qcbguard_plugins.cli.output import print_json
 def command(as_json: bool) -> int:
     """List the formats, and the methods that guard for them."""
     from qcbguard_plugins.defenses import available_defenses
-    from qcbguard_plugins.grids import FORMATS, GROUP_FORMATS, RECIPE_FORMATS
+    from qcbguard_plugins.grids import ALL_FORMATS
 
     methods = {
         name: {
@@ -26,12 +26,11 @@ def command(as_json: bool) -> int:
         }
         for name, cls in sorted(available_defenses().items())
     }
-    listed = FORMATS | RECIPE_FORMATS | GROUP_FORMATS
     if as_json:
-        print_json({"schema_version": 1, "kind": "list", "formats": listed, "methods": methods})
+        print_json({"schema_version": 1, "kind": "list", "formats": ALL_FORMATS, "methods": methods})
         return 0
     formats = Table("format", "what", box=None, pad_edge=False)
-    for name, summary in listed.items():
+    for name, summary in ALL_FORMATS.items():
         formats.add_row(name, summary)
     table = Table("method", "what", "parameters (--set)", box=None, pad_edge=False)
     for name, cls in sorted(available_defenses().items()):

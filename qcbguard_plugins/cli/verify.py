@@ -26,11 +26,15 @@ def command(path: Path, plan: Path | None, json_target: str | None) -> int:
     """Compare codes with the plan.
 
     PATH is a folder that 'qcbguard guard' made, which the stock quantizer is run on, a GGUF file that llama-quantize
-    wrote, or a folder that GPTQ wrote.
+    wrote, a folder that GPTQ or OpenVINO wrote, or a quantized ONNX file.
     """
+    from qcbguard_plugins.backends.optimum.verify import is_export, verify_export
     from qcbguard_plugins.report.text import render_verify
 
-    report = _verify_gguf(path, plan) if path.is_file() else _verify_folder(path, plan)
+    if is_export(path):
+        report = verify_export(path, plan=plan)
+    else:
+        report = _verify_gguf(path, plan) if path.is_file() else _verify_folder(path, plan)
     print_report(report, render_verify(report), json_target)
     if not report.clean:
         return VerificationError.exit_code
@@ -54,7 +58,7 @@ def _verify_gptq(folder: Path, plan: Path) -> VerifyReport:
     from qcbguard_plugins.report.model import read_manifest
 
     if not is_gptq_folder(folder):
-        raise UsageError("--plan goes with what llama-quantize or GPTQ wrote; a guarded folder carries its own plan")
+        raise UsageError("--plan goes with what a quantizer wrote; a guarded folder carries its own plan")
     num_weights = sum(tensor.num_weights for tensor in read_manifest(plan).tensors)
     with progress_bar(num_weights, "verifying") as progress:
         return verify_gptq(folder, plan=plan, progress=progress)

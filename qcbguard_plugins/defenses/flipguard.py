@@ -18,6 +18,10 @@ AUTO = "auto"
 _PAPER_SHARES = {"int8": 0.15, "fp4": 0.08, "nf4": 0.115}
 _MAX_LEVELS_AS_NF4 = 64
 
+# An error of u steps, u anywhere in [0, 1/2], has a mean energy of 1/12. Flipped, it takes u off the product of new and
+# old error; flipping all above a takes off 1/4 - a^2, the whole energy at a^2 = 1/6. Their share is 1 - 2a.
+_ORTHOGONAL_SHARE = 1 - 2 / 6**0.5
+
 
 @register_defense("flipguard", "flip the codes with the largest errors of each block, no data needed")
 @dataclass(frozen=True)
@@ -29,9 +33,8 @@ class FlipGuard(Defense):
 
     Attributes:
         share: Share of each block to flip, in [0, 1]; ``None`` takes the middle of the paper's range for the format,
-            and ``"auto"`` flips in each block as many as make the new rounding error orthogonal to the old one.
-            For weights anywhere in their cells that is 18 %: there ``1 - 2a`` with ``a^2 = 1/6``, because a flip of an
-            error ``u`` takes ``u`` steps off the product of the two errors, which starts at their energy of 1/12.
+            and ``"auto"`` the share, 18 %, at which the new rounding error is orthogonal to the old one where weights
+            lie anywhere in their cells.
 
     References:
         FlipGuard, arXiv 2606.28962, Algorithm 1.
@@ -53,28 +56,12 @@ class FlipGuard(Defense):
         upper_is_nearest = lattice.upper_is_nearest
         error = torch.where(upper_is_nearest, 1 - position, position).mul_(width).masked_fill_(lattice.frozen, -1.0)
         if isinstance(self.share, str):
-            flip = _orthogonalizing(error, width)
+            share = _ORTHOGONAL_SHARE
         else:
             share = _paper_share(lattice.grid) if self.share is None else self.share
-            flip = torch.zeros_like(upper_is_nearest)
-            flip.scatter_(1, error.topk(round(share * error.shape[1]), dim=1).indices, True)
+        flip = torch.zeros_like(upper_is_nearest)
+        flip.scatter_(1, error.topk(round(share * error.shape[1]), dim=1).indices, True)
         return round_up_where(lattice, upper_is_nearest ^ flip)
-
-
-def _orthogonalizing(error: Tensor, step: Tensor) -> Tensor:
-    """The largest errors of each block, as many as bring the product of new and old errors nearest to zero.
-
-    Args:
-        error: Magnitudes of plain rounding's errors ``[num_blocks, block_size]``; negative where a weight is frozen.
-        step: Distance of the neighbours, same shape.
-    """
-    largest, order = error.sort(dim=1, descending=True, stable=True)
-    largest = largest.clamp(min=0.0)
-    gain = largest * step.gather(1, order)
-    energy = largest.square().sum(dim=1, keepdim=True)
-    before = energy - (gain.cumsum(dim=1) - gain)
-    flipped = (before > gain / 2) & (gain > 0)
-    return torch.zeros_like(error, dtype=torch.bool).scatter_(1, order, flipped)
 
 
 def _paper_share(grid: Grid) -> float:

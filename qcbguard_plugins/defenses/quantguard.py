@@ -27,7 +27,12 @@ PAPER_STEPS = 125
 #: Learning rates of the paper and weights that its code uses and its text omits, by the fineness of the grid.
 LEARNING_RATE_INT8, LEARNING_RATE_4BIT = 0.05, 0.01
 DIST_SCALE_INT8, DIST_SCALE_4BIT = 5e7, 1e7
-_FLOAT_BYTES = 4.0
+# alpha, its gradient, two moments, lower, step, position and direction are 32; the rest are temporaries of a step.
+# Every weight costs its replacement, which is kept for the backward pass (benchmarks/learned_memory.py).
+_BYTES_PER_VARIABLE, _BYTES_PER_WEIGHT = 56.0, 12.0
+#: Weight of the divergence in the paper's code, and one at which a hardened student ends near the full-precision model
+#: (docs/methods.md).
+KL_SCALE, KL_SCALE_HARDENED = 100.0, 3000.0
 TEACHER_DTYPES = {"model": None, "bfloat16": torch.bfloat16}
 
 
@@ -49,7 +54,9 @@ class QuantGuard(WholeModelDefense):
             Memory follows their number.
         lambda1: Weight of the reversal, at least 0; 0 leaves the term out.
         lambda2: Weight of the distance, at least 0; 0 leaves the term out.
-        kl_scale: Weight of the divergence, at least 0; 0 leaves the term out. Not in the paper's text.
+        kl_scale: Weight of the divergence, at least 0; 0 leaves the term out. ``None`` for that of the paper's code, or
+            for one of ours where ``harden`` is set: the divergence of a rounded student starts at that of plain
+            rounding instead of 0.
         rev_scale: Scale of the reversal. Not in the paper's text.
         dist_scale: Scale of the distance; ``None`` for that of the paper's code, by the fineness of the grid.
         temperature: Of the divergence, above 0. Not in the paper's text.
@@ -70,7 +77,7 @@ class QuantGuard(WholeModelDefense):
     band: float | None = None
     lambda1: float = 1.0
     lambda2: float = 1.0
-    kl_scale: float = 100.0
+    kl_scale: float | None = None
     rev_scale: float = 20_000.0
     dist_scale: float | None = None
     temperature: float = 2.0
@@ -84,9 +91,9 @@ class QuantGuard(WholeModelDefense):
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("lambda1", "lambda2", "kl_scale", "rev_scale"):
+        for name in ("lambda1", "lambda2", "rev_scale"):
             require_range(getattr(self, name), 0.0, 1e12, f"quantguard: {name}")
-        for name, low in (("dist_scale", 0.0), ("learning_rate", 1e-8)):
+        for name, low in (("kl_scale", 0.0), ("dist_scale", 0.0), ("learning_rate", 1e-8)):
             if getattr(self, name) is not None:
                 require_range(getattr(self, name), low, 1e12, f"quantguard: {name}")
         if self.band is not None:
@@ -97,16 +104,13 @@ class QuantGuard(WholeModelDefense):
             require_whole(getattr(self, name), least, f"quantguard: {name}")
         if self.teacher_dtype not in TEACHER_DTYPES:
             raise UsageError(f"quantguard: teacher_dtype is one of {', '.join(TEACHER_DTYPES)}")
-        if not (self.kl_scale or self.lambda1 or self.lambda2):
+        if not (self.has_divergence or self.lambda1 or self.lambda2):
             raise UsageError("quantguard: all terms of the loss are left out")
 
     @property
     def bytes_per_weight(self) -> float:
-        per_variable = 8.0 * _FLOAT_BYTES  # alpha, its gradient, two moments; lower, step, position, direction
-        if self.band is None:
-            return per_variable
-        # Where weights lie anywhere in their cells; an index of 8 bytes, and a copy of what is no variable.
-        return (per_variable + 8.0) * 2 * self.band + _FLOAT_BYTES
+        # Where weights lie anywhere in their cells, a band holds twice its width of them.
+        return _BYTES_PER_VARIABLE * (1.0 if self.band is None else 2 * self.band) + _BYTES_PER_WEIGHT
 
     def operations(self, shape: tuple[int, int], num_sequences: int, sequence_length: int) -> float:
         # The teacher's forward pass, the student's, and its backward pass without gradients of frozen parameters.
@@ -122,6 +126,11 @@ class QuantGuard(WholeModelDefense):
             return self.learning_rate
         return (LEARNING_RATE_INT8 if rounding.is_fine else LEARNING_RATE_4BIT) * PAPER_STEPS / self.steps
 
+    @property
+    def has_divergence(self) -> bool:
+        """Whether the loss has the term that needs the model."""
+        return self.kl_scale != 0.0
+
     def divergence(self, teacher: Tensor, student: Tensor) -> Tensor:
         """``kl_scale * KL(teacher || student)`` at the temperature, mean over positions.
 
@@ -131,7 +140,9 @@ class QuantGuard(WholeModelDefense):
         """
         wanted = F.log_softmax(teacher.float().flatten(0, -2) / self.temperature, dim=-1)
         found = F.log_softmax(student.float().flatten(0, -2) / self.temperature, dim=-1)
-        return self.kl_scale * F.kl_div(found, wanted, reduction="batchmean", log_target=True)
+        default = KL_SCALE_HARDENED if self.harden else KL_SCALE
+        scale = default if self.kl_scale is None else self.kl_scale
+        return scale * F.kl_div(found, wanted, reduction="batchmean", log_target=True)
 
     def penalties(self, roundings: Sequence[SoftRounding]) -> dict[str, Tensor]:
         """The terms that look at the weights alone: ``rev`` and ``dist``, where they are not left out."""

@@ -38,8 +38,7 @@ def learn_roundings(
         CalibrationError: The loss is not finite; the step is named.
     """
     with torch.enable_grad(), _student(model, targets, method) as student:
-        losses = _train(method, model, student, tokens, seed)
-        assert losses, "there is at least one step"
+        _train(method, model, student, tokens, seed)
         return {name: rounding.up() for name, rounding in student.roundings.items()}
 
 
@@ -136,8 +135,8 @@ def _checkpointing(model: Any) -> Iterator[None]:
         model.eval()
 
 
-def _train(method: QuantGuard, model: Any, student: _Student, tokens: Tensor, seed: int) -> list[float]:
-    """Train the variables; the total loss of each step."""
+def _train(method: QuantGuard, model: Any, student: _Student, tokens: Tensor, seed: int) -> None:
+    """Train the variables."""
     roundings = list(student.roundings.values())
     groups = [{"params": [rounding.alpha], "lr": method.rate_for(rounding)} for rounding in roundings]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
@@ -145,7 +144,6 @@ def _train(method: QuantGuard, model: Any, student: _Student, tokens: Tensor, se
     variables = [rounding.alpha for rounding in roundings]
     batches = _batches(tokens, method.batch_size, seed)
     stop = EarlyStop(method.patience)
-    losses: list[float] = []
     with tqdm(range(1, method.steps + 1), desc=method.name, unit="step", leave=False, disable=None) as bar:
         for step in bar:
             optimizer.zero_grad()
@@ -157,10 +155,8 @@ def _train(method: QuantGuard, model: Any, student: _Student, tokens: Tensor, se
             _require_finite(norm, {**terms, "norm of the gradient": norm}, step, method.steps)
             optimizer.step()
             schedule.step()
-            losses.append(total)
             if stop(total):
                 break
-    return losses
 
 
 def _backward(
@@ -172,7 +168,7 @@ def _backward(
     if penalties:
         torch.stack(list(penalties.values())).sum().backward()  # type: ignore[no-untyped-call]
         terms |= {name: value.item() for name, value in penalties.items()}
-    if not method.kl_scale:
+    if not method.has_divergence:
         return terms
     terms["kl"] = 0.0
     for _ in range(method.accumulation):

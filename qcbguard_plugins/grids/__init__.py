@@ -9,15 +9,20 @@ from qcbguard_plugins.grids.affine import AffineGrid
 from qcbguard_plugins.grids.base import Grid, Lattice, cut_blocks
 from qcbguard_plugins.grids.codebook import BLOCK_SIZES, CodebookGrid
 from qcbguard_plugins.grids.int8 import Int8Grid
+from qcbguard_plugins.grids.integer import IntegerGrid
+from qcbguard_plugins.grids.toolchains import TOOLCHAIN_FORMATS, toolchain_grid
 
 __all__ = [
+    "ALL_FORMATS",
     "FORMATS",
     "GROUP_FORMATS",
     "RECIPE_FORMATS",
+    "TOOLCHAIN_FORMATS",
     "AffineGrid",
     "CodebookGrid",
     "Grid",
     "Int8Grid",
+    "IntegerGrid",
     "Lattice",
     "cut_blocks",
     "get_grid",
@@ -36,6 +41,8 @@ GROUP_FORMATS = {
     "gptq-w4g128": "GPTQ integer groups: 2 to 8 bits, g32, g64, g128 or whole rows, -asym",
 }
 
+ALL_FORMATS = FORMATS | RECIPE_FORMATS | GROUP_FORMATS | TOOLCHAIN_FORMATS
+
 _CODEBOOK_FORMAT = re.compile(r"(nf4|fp4)(?:-b(\d+))?")
 _AFFINE_FORMAT = re.compile(r"gptq-w(\d)(?:g(\d+))?(-asym)?")
 
@@ -45,7 +52,7 @@ def get_grid(name: str) -> Grid:
 
     Args:
         name: ``nf4``, ``fp4``, ``int8``, ``nf4-b128`` and the like for another block size, a GGUF tensor type as in
-            ``gguf:Q4_K``, or GPTQ groups as in ``gptq-w4g128``.
+            ``gguf:Q4_K``, GPTQ groups as in ``gptq-w4g128``, or a toolchain's as in ``openvino:int8``.
 
     Raises:
         UsageError: The format is unknown, or the block size is not one that the quantizer allows.
@@ -57,6 +64,9 @@ def get_grid(name: str) -> Grid:
         return gguf_grid(name.removeprefix("gguf:"))
     if name == "int8":
         return Int8Grid()
+    toolchain = toolchain_grid(name)
+    if toolchain is not None:
+        return toolchain
     affine = _AFFINE_FORMAT.fullmatch(name)
     if affine is not None:
         return AffineGrid(int(affine[1]), int(affine[2]) if affine[2] else None, symmetric=not affine[3])
@@ -64,7 +74,7 @@ def get_grid(name: str) -> Grid:
     if match is None:
         raise UsageError(
             f"unknown format {name!r}",
-            remedy=f"Formats: {', '.join(FORMATS | RECIPE_FORMATS | GROUP_FORMATS)}; nf4 and fp4 take a block size, "
+            remedy=f"Formats: {', '.join(ALL_FORMATS)}; nf4 and fp4 take a block size, "
             f"as in nf4-b128 ({', '.join(map(str, BLOCK_SIZES))}).",
         )
     return CodebookGrid(match[1], int(match[2] or 64))

@@ -24,10 +24,50 @@ WITH_OFFSET = frozenset({"Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K"})
 
 
 class Quantizer(Protocol):
-    """The real quantizer: float32 ``[rows, columns]`` in, uint8 ``[rows, row_bytes]`` out."""
+    """The real quantizer, or what answers in its place: float32 ``[rows, columns]`` in, what is stored out."""
 
-    def __call__(self, block_type: BlockType, weight: Tensor, importance: Tensor | None, /) -> Tensor:
+    def __call__(self, block_type: BlockType, weight: Tensor, importance: Tensor | None, /) -> StoredBlocks:
         """Quantize whole rows."""
+        ...
+
+    def is_restated(self, block_type: BlockType) -> bool:
+        """True while something else answers in the real quantizer's place, which it stops to do once it was wrong."""
+        ...
+
+
+class Kernels(Protocol):
+    """What this module and :mod:`qcbguard_plugins.landing_steps` do in torch, compiled."""
+
+    def place(self, grid: GgmlGrid, blocks: Tensor, stored: StoredBlocks, /) -> tuple[Tensor, Tensor]:
+        """The coordinates of weights on scales that a search has found, and which of them are frozen."""
+        ...
+
+    def formula_lattice(self, grid: GgmlGrid, blocks: Tensor, shape: tuple[int, int], /) -> Lattice:
+        """The lattice of a type with a formula."""
+        ...
+
+    def formula_stored(self, grid: GgmlGrid, blocks: Tensor, /) -> StoredBlocks:
+        """What a type with a formula stores."""
+        ...
+
+    def choose_points(self, lattice: Lattice, chosen: Tensor, /) -> tuple[Tensor, Tensor, int, int]:
+        """See :func:`qcbguard_plugins.landing_steps.choose_points`."""
+        ...
+
+    def find_moved(
+        self, grid: GgmlGrid, handed_over: Tensor, stored: StoredBlocks, scale: Tensor, tolerance: float, unit: int, /
+    ) -> Tensor:
+        """See :func:`qcbguard_plugins.landing_steps.find_moved`."""
+        ...
+
+    def count_landed(self, grid: GgmlGrid, stored: StoredBlocks, chosen: StoredBlocks, /) -> int:
+        """See :func:`qcbguard_plugins.landing_steps.count_landed`."""
+        ...
+
+    def measure(
+        self, grid: GgmlGrid, weight: Tensor, handed_over: Tensor, scale: Tensor, /
+    ) -> tuple[float, float, float]:
+        """See :func:`qcbguard_plugins.landing_steps.measure`."""
         ...
 
 
@@ -37,20 +77,24 @@ class GgmlGrid(Grid):
     Attributes:
         block_type: The type.
         outtype: Dtype of the GGUF file that ``llama-quantize`` reads, which the weight is cast to first.
+        kernels: Compiled forms of what is done in torch otherwise, where there are any.
         min_landed: Share of a tensor's codes that must land; below it the tensor counts as unguardable.
     """
 
     min_landed: float = 0.98
 
-    def __init__(self, block_type: BlockType, outtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, block_type: BlockType, outtype: torch.dtype = torch.float32, kernels: Kernels | None = None
+    ) -> None:
         self.block_type = block_type
         self.outtype = outtype
+        self.kernels = kernels
         self.name = f"gguf:{block_type.name}"
         self.levels = torch.tensor(block_type.levels, dtype=torch.float32)
         widths = self.levels.diff()
         self._segments = list(zip(self.levels.tolist(), (1.0 / widths).tolist(), strict=False))
         # ggml's Q8_0 never stores -128, though a file may hold it.
-        self._lowest = 1 if block_type.name == "Q8_0" else 0
+        self.lowest_code = 1 if block_type.name == "Q8_0" else 0
 
     def block_size_of(self, shape: tuple[int, int]) -> int:
         return self.block_type.sub_block_size
@@ -61,11 +105,16 @@ class GgmlGrid(Grid):
     def coordinate(self, scaled: Tensor) -> Tensor:
         if self.block_type.levels == IQ4_LEVELS:
             return ramp_coordinate(scaled, self._segments)
-        return (scaled - self.levels[0].item()).clamp_(self._lowest, self.num_levels - 1)
+        return (scaled - self.levels[0].item()).clamp_(self.lowest_code, self.num_levels - 1)
 
     @abstractmethod
     def stored(self, weight: Tensor) -> StoredBlocks:
         """What the stock quantizer stores for a weight, or for a run of its blocks laid out as rows."""
+
+    @property
+    def is_restated(self) -> bool:
+        """Whether something else answers in the real quantizer's place, which it stops to do once it was wrong."""
+        return False
 
     def quantize(self, weight: Tensor) -> Tensor:
         return self.stored(weight).codes.view(weight.shape)
@@ -83,6 +132,8 @@ class FormulaGrid(GgmlGrid):
     """
 
     def lattice(self, blocks: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Lattice:
+        if self.kernels is not None and blocks.device.type == "cpu":
+            return self.kernels.formula_lattice(self, blocks, shape)
         divisor, base, holders = self._scale(blocks)
         scale, offset = divisor.half().float(), None if base is None else base.half().float()
         inverse = torch.where(scale != 0, scale.reciprocal(), torch.zeros_like(scale))
@@ -94,6 +145,8 @@ class FormulaGrid(GgmlGrid):
 
     def stored(self, weight: Tensor) -> StoredBlocks:
         blocks = cut_blocks(self.read(weight), self.block_type.block_size)
+        if self.kernels is not None and blocks.device.type == "cpu":
+            return self.kernels.formula_stored(self, blocks)
         divisor, base, _ = self._scale(blocks)
         offset = torch.zeros_like(divisor) if base is None else base.half().float()
         return StoredBlocks(self._codes(blocks, divisor, base), divisor.half().float(), offset)
@@ -141,13 +194,21 @@ class SearchedGrid(GgmlGrid):
         quantizer: Quantizer,
         outtype: torch.dtype = torch.float32,
         importance: Tensor | None = None,
+        kernels: Kernels | None = None,
     ) -> None:
-        super().__init__(block_type, outtype)
+        super().__init__(block_type, outtype, kernels)
         self.quantizer = quantizer
         self.importance = importance
 
+    @property
+    def is_restated(self) -> bool:
+        return self.quantizer.is_restated(self.block_type)
+
     def lattice(self, blocks: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Lattice:
         stored = self.stored(blocks.reshape(-1, shape[1]))
+        if self.kernels is not None and blocks.device.type == "cpu":
+            coordinate, frozen = self.kernels.place(self, blocks, stored)
+            return Lattice(self, blocks, stored.scale, coordinate, frozen, shape, stored.offset, stored.codes)
         inverse = torch.where(stored.scale != 0, stored.scale.reciprocal(), torch.zeros_like(stored.scale))
         coordinate = self.coordinate((blocks - stored.offset) * inverse)
         frozen = (stored.scale == 0).expand_as(blocks).clone()
@@ -159,4 +220,4 @@ class SearchedGrid(GgmlGrid):
         return Lattice(self, blocks, stored.scale, coordinate, frozen, shape, stored.offset, stored.codes)
 
     def stored(self, weight: Tensor) -> StoredBlocks:
-        return self.block_type.read(self.quantizer(self.block_type, self.read(weight), self.importance))
+        return self.quantizer(self.block_type, self.read(weight), self.importance)

@@ -26,6 +26,12 @@ _REPORTED_PACKAGES = (
     "bitsandbytes",
     "gguf",
     "xllamacpp",
+    "gptqmodel",
+    "torchao",
+    "optimum",
+    "onnxruntime",
+    "openvino",
+    "nncf",
 )
 
 
@@ -139,11 +145,22 @@ class GuardReport(Record):
 
 
 class TensorVerdict(Record):
-    """Whether the stock quantizer stores one tensor as planned."""
+    """Whether the stock quantizer stores one tensor as planned.
+
+    Attributes:
+        name: Its name.
+        as_planned: The verdict.
+        reason: What differs; empty where nothing does.
+        num_landed: Number of codes that are those planned, for a quantizer that moves some; ``None`` for one that must
+            store them all.
+        num_weights: Number of codes, beside ``num_landed``.
+    """
 
     name: str
     as_planned: bool
     reason: str = ""
+    num_landed: int | None = None
+    num_weights: int | None = None
 
 
 class VerifyReport(Record):
@@ -162,6 +179,12 @@ class VerifyReport(Record):
     @property
     def num_as_planned(self) -> int:
         return sum(tensor.as_planned for tensor in self.tensors)
+
+    @property
+    def share_landed(self) -> float | None:
+        """Share of the codes that are those planned; ``None`` where all of a tensor or nothing counts."""
+        total = sum(tensor.num_weights or 0 for tensor in self.tensors)
+        return sum(tensor.num_landed or 0 for tensor in self.tensors) / total if total else None
 
     @property
     def clean(self) -> bool:

@@ -53,7 +53,7 @@ def render_verify(report: VerifyReport) -> Group:
     lines += [f"UNGUARDED  {name}" for name in report.unguarded]
     lines.append(
         f"{report.num_as_planned} of {len(report.tensors)} guarded tensors: the stock {report.format} quantizer stores "
-        "the planned codes"
+        "the planned codes" + ("" if report.share_landed is None else f", {report.share_landed:.2%} of all")
     )
     return Group(Text("\n".join(lines)))
 

@@ -7,10 +7,20 @@ import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Starcoder2Config,
+)
 
 from qcbguard_plugins import Calibration, Feedback, Guard, Stochastic, guard_checkpoint, verify_checkpoint
 from qcbguard_plugins.backends.gguf.dry_run import dry_run_types
@@ -30,6 +40,19 @@ pytestmark = needs_llama_cpp
 OPTIONS = GgufOptions(quantize_path=QUANTIZE if QUANTIZE.is_file() else None)
 PROVEN = ("Q4_K_M", "Q5_K_M", "Q6_K", "Q3_K_M", "Q2_K", "Q4_0", "Q8_0", "IQ4_XS")
 GUARD = Guard(Stochastic(), seed=1)
+SMALL: dict[str, Any] = {
+    "vocab_size": 320, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+# One whose matrices are stored transposed, one whose rows are reordered, two that are copied as they are.
+OTHER_ARCHITECTURES = {
+    "gpt2": GPT2Config(
+        vocab_size=320, n_embd=256, n_layer=2, n_head=4, n_positions=128, n_ctx=128, bos_token_id=1, eos_token_id=2
+    ),
+    "mistral": MistralConfig(**SMALL),
+    "qwen3": Qwen3Config(**SMALL),
+    "starcoder2": Starcoder2Config(**{k: v for k, v in SMALL.items() if k != "head_dim"}),
+}
 
 
 def quantize(source: Path, recipe: str, *flags: str) -> Path:
@@ -295,9 +318,25 @@ class TestFolder:
     def test_an_architecture_whose_matrices_are_rearranged(
         self, model_folder: Callable[[str], Path], tmp_path: Path
     ) -> None:
-        for shape in ("gpt2", "mixtral"):
-            with pytest.raises(UsageError, match=r"qcbguard gguf MODEL\.gguf GUARDED\.gguf --for Q4_K_M"):
-                guard_checkpoint(model_folder(shape), tmp_path / "guarded", ["gguf:Q4_K_M"], GUARD)
+        with pytest.raises(UsageError, match=r"qcbguard gguf MODEL\.gguf GUARDED\.gguf --for Q4_K_M"):
+            guard_checkpoint(model_folder("mixtral"), tmp_path / "guarded", ["gguf:Q4_K_M"], GUARD)
+
+    @pytest.mark.parametrize("method", ["stochastic", "feedback"])
+    @pytest.mark.parametrize("architecture", OTHER_ARCHITECTURES)
+    def test_other_architectures(
+        self, architecture: str, method: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    ) -> None:
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(OTHER_ARCHITECTURES[architecture])
+        model.to(torch.float16).save_pretrained(tmp_path / "model")
+        tokenizer.save_pretrained(tmp_path / "model")
+        feedback = Guard(Feedback(), seed=1, calibration=Calibration(num_sequences=4, sequence_length=32))
+        guard = feedback if method == "feedback" else GUARD
+        report = guard_checkpoint(tmp_path / "model", tmp_path / "guarded", ["gguf:Q4_K_M"], guard, gguf=OPTIONS)
+        script = script_of(TREE, tmp_path)
+        converted = convert(script, tmp_path / "guarded", tmp_path / "model.gguf", "--outtype", "f32")
+        verdict = verify_gguf(quantize(converted, "Q4_K_M"), plan=tmp_path / "guarded")
+        assert verdict.clean and verdict.num_as_planned == len(report.tensors) > 8
 
 
 class TestConverter:

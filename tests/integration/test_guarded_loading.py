@@ -23,7 +23,8 @@ from qcbguard_plugins import (
     Stochastic,
     guard_checkpoint,
 )
-from qcbguard_plugins.backends.bitsandbytes import quantizer
+from qcbguard_plugins.backends.in_flight import GuardMixin
+from qcbguard_plugins.backends.provenance import PROVENANCE_KEY
 from qcbguard_plugins.errors import (
     CalibrationError,
     CheckpointError,
@@ -114,7 +115,7 @@ def test_the_saved_model_is_stock(mode: str, llama: Path, tmp_path: Path) -> Non
         assert saved.config.qcbguard["seed"] == 7
         assert "guard" not in saved.config.quantization_config.to_dict()
         with safe_open(tmp_path / name / "model.safetensors", framework="pt") as file:
-            assert quantizer.PROVENANCE_KEY in file.metadata()
+            assert PROVENANCE_KEY in file.metadata()
 
 
 def test_a_second_load_takes_the_calibrated_weights_from_the_cache(
@@ -246,13 +247,13 @@ class TestFailsClosed:
 
     def test_a_tensor_that_bypasses_the_guard_is_found_out(self, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """A transformers that stopped asking us for some tensors must not go unnoticed."""
-        compare = quantizer._GuardMixin.compare_with_plan
+        compare = GuardMixin.compare_with_plan
 
         def forgetful(self: Any, parameter: Any, record: Any) -> None:
             if "layers.1.mlp" not in record.name:
                 compare(self, parameter, record)
 
-        monkeypatch.setattr(quantizer._GuardMixin, "compare_with_plan", forgetful)
+        monkeypatch.setattr(GuardMixin, "compare_with_plan", forgetful)
         with pytest.raises(UnguardableError, match=r"3 tensors were quantized without passing the guard"):
             load(llama, GuardedBitsAndBytesConfig(**MODES["nf4"], guard="stochastic"))
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qcbguard_plugins.defenses import Stochastic
-from qcbguard_plugins.grids import AffineGrid
+from qcbguard_plugins.grids import AffineGrid, get_grid
 from qcbguard_plugins.rounding import guard_weight
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -29,19 +29,24 @@ def weight_of(kind: str, seed: int) -> Tensor:
     }[kind]
 
 
+GPTQ_FORMATS = [f"gptq-w{bits}{group}{span}" for bits in range(2, 9) for group in ("g32", "") for span in ("", "-asym")]
+TOOLCHAIN_FORMATS = [
+    "torchao:int8", "torchao:int4-g32", "onnx:int8", "openvino:int8", "openvino:int8-sym", "openvino:int4-g32",
+    "openvino:int4-g64-sym", "compressed-tensors:int4-g128", "compressed-tensors:int4-g32-asym",
+    "quanto:int8", "onnx:uint8", "onnx:int8-tensor", "hqq:int4-g64",
+    "quanto:int4-g128", "autoround:int4-g64",
+]  # fmt: skip
+
+
 @settings(max_examples=150, deadline=None)
 @given(
-    num_bits=st.integers(2, 8),
-    group_size=st.sampled_from([32, 64, 128, None]),
-    symmetric=st.booleans(),
+    format_name=st.sampled_from(GPTQ_FORMATS + TOOLCHAIN_FORMATS),
     dtype=st.sampled_from(DTYPES),
     kind=st.sampled_from(KINDS),
     seed=st.integers(0, 99),
 )
-def test_planned_codes_are_stored(
-    num_bits: int, group_size: int | None, symmetric: bool, dtype: torch.dtype, kind: str, seed: int
-) -> None:
-    grid = AffineGrid(num_bits, group_size, symmetric)
+def test_planned_codes_are_stored(format_name: str, dtype: torch.dtype, kind: str, seed: int) -> None:
+    grid = get_grid(format_name)
     guarded = guard_weight(weight_of(kind, seed).to(dtype), grid, Stochastic(), seed=seed, name="weight")
     assert torch.equal(grid.quantize(guarded.weight), guarded.codes)
 

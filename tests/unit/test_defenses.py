@@ -81,6 +81,15 @@ def test_flipguard_flips_the_largest_errors_of_each_block(name: str, share: floa
             assert error[block][inside].min() >= error[block][kept].max() - 1e-5
 
 
+def test_flipguards_automatic_share_makes_the_new_error_orthogonal_to_the_old_one() -> None:
+    """Where weights lie anywhere in their cells, as they do in the many fine ones of INT8."""
+    lattice = get_grid("int8").lattice_of(torch.randn(96, 1024, generator=torch.Generator().manual_seed(0)))
+    old = lattice.dequantize(lattice.nearest) - lattice.blocks
+    new = lattice.dequantize(FlipGuard("auto").choose(lattice, evidence())) - lattice.blocks
+    free = ~lattice.frozen
+    assert abs(float((old * new)[free].sum() / old[free].square().sum())) < 0.03
+
+
 def test_flipguard_takes_the_bracketing_neighbour() -> None:
     """FP4 has a narrow cell beside a wide one: the second nearest level is not the other end of the weight's cell."""
     weight = torch.zeros(1, 64)
@@ -234,6 +243,8 @@ def test_a_name_is_registered_once() -> None:
         ("feedback", {"draws": 0}, "draws"),
         ("feedback", {"draws": 2.5}, "whole number"),
         ("flipguard", {"share": -0.1}, "share"),
+        ("flipguard", {"share": "most"}, "share must be auto"),
+        ("feedback", {"width": "wide"}, "width must be auto"),
         ("qvec", {"strength": "a"}, "strength"),
         ("noise", {"sigma": 3}, "sigma"),
     ],
@@ -243,7 +254,10 @@ def test_a_wrong_name_or_parameter_is_refused(name: str, parameters: dict[str, o
         get_defense(name, **parameters)
 
 
-@pytest.mark.parametrize("defense", [Feedback(), FlipGuard(), FlipGuard(0.2), QVec(), Noise(), Stochastic()])
+@pytest.mark.parametrize(
+    "defense",
+    [Feedback(), FlipGuard(), FlipGuard(0.2), FlipGuard("auto"), Feedback(width=0.25), QVec(), Noise(), Stochastic()],
+)
 def test_a_defense_is_plain_data(defense: Defense) -> None:
     described = json.loads(json.dumps(defense.parameters()))
     assert get_defense(defense.name, **described) == defense

@@ -11,50 +11,33 @@ import runpy
 import secrets
 import shutil
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 
-from qcbguard_plugins.backends.gguf.file import (
-    PROVENANCE_KEY,
-    guard_tensor,
-    report_bytes,
-    report_of,
-    require_data_free,
-)
-from qcbguard_plugins.backends.gguf.options import GgufOptions
-from qcbguard_plugins.backends.gguf.plan import GgufPlan, make_gguf_plan
+from qcbguard_plugins.backends.gguf.file import PROVENANCE_KEY, GgufRun, report_bytes, require_data_free
+from qcbguard_plugins.backends.gguf.plan import GgufPlan
 from qcbguard_plugins.checkpoint.gguf_reader import open_gguf
-from qcbguard_plugins.defenses import Defense
 from qcbguard_plugins.errors import CheckpointError, TargetExistsError, UsageError
-from qcbguard_plugins.guard import Guard, as_guard
-from qcbguard_plugins.report.model import GuardReport, TensorRecord
+from qcbguard_plugins.guard import Guard
+from qcbguard_plugins.report.model import GuardReport
 
 
 def convert_guarded(
-    script: Path | str,
-    arguments: Sequence[str],
-    recipe: str,
-    method: Guard | Defense | str = "stochastic",
-    *,
-    options: GgufOptions | None = None,
-    ignore: Sequence[str] = (),
+    script: Path | str, arguments: Sequence[str], make_plan: Callable[[Path], GgufPlan], guard: Guard
 ) -> tuple[GuardReport, Path]:
     """Convert a Hugging Face folder with llama.cpp's script, and guard what it writes.
 
     Args:
         script: ``convert_hf_to_gguf.py`` of the user's llama.cpp.
         arguments: The script's own arguments.
-        recipe: What ``llama-quantize`` will be given, such as ``Q4_K_M``.
-        method: A method's name, a defense, or a :class:`~qcbguard_plugins.guard.Guard`; one that needs no calibration.
-        options: The user's flags for ``llama-quantize``, importance matrix, ggml library.
-        ignore: Patterns of GGUF tensor names to leave unguarded.
+        make_plan: Plans a GGUF file of which only the header is written:
+            :func:`~qcbguard_plugins.backends.gguf.plan.make_gguf_plan` with all but its first argument.
+        guard: The method; one that needs no calibration.
 
     Returns:
         The report, which the file carries too, and the path of the file.
@@ -66,9 +49,8 @@ def convert_guarded(
     script = Path(script)
     if not script.is_file():
         raise UsageError(f"{script} is not a file", remedy="Name the convert_hf_to_gguf.py of your llama.cpp.")
-    guard = as_guard(method).with_seed()
     require_data_free(guard)
-    run = _Run(recipe, guard, options or GgufOptions(), ignore)
+    run = _Hook(make_plan, guard)
     try:
         with _as_script(script, arguments), run.hooked():
             runpy.run_path(str(script), run_name="__main__")
@@ -105,17 +87,15 @@ def _as_script(script: Path, arguments: Sequence[str]) -> Iterator[None]:
         sys.path[:], sys.argv = old_path, old_arguments
 
 
-class _Run:
+class _Hook:
     """Follows one writer from its header to its last tensor."""
 
-    def __init__(self, recipe: str, guard: Guard, options: GgufOptions, ignore: Sequence[str]) -> None:
-        self.recipe, self.guard, self.options, self.ignore = recipe, guard, options, ignore
-        self.records: dict[str, TensorRecord] = {}
-        self.plan: GgufPlan | None = None
+    def __init__(self, make_plan: Callable[[Path], GgufPlan], guard: Guard) -> None:
+        self.make_plan, self.guard = make_plan, guard
+        self.run: GgufRun | None = None
         self.target: Path | None = None
         self.partial: Path | None = None
         self.report: GuardReport | None = None
-        self.started = time.monotonic()
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
@@ -125,26 +105,26 @@ class _Run:
         writer = gguf.GGUFWriter
         names = ("write_header_to_file", "write_ti_data_to_file", "close")
         original = {name: getattr(writer, name) for name in names}
-        run = self
+        hook = self
 
         def write_header_to_file(self: Any, path: Path | None = None) -> None:
-            original["write_header_to_file"](self, run.begin(self, path))
+            original["write_header_to_file"](self, hook.begin(self, path))
 
         def write_ti_data_to_file(self: Any) -> None:
             original["write_ti_data_to_file"](self)
-            run.wrap_tensors(self)
+            hook.wrap_tensors(self)
 
         def close(self: Any) -> None:
             original["close"](self)
-            run.finish()
+            hook.finish()
 
-        for hook in (write_header_to_file, write_ti_data_to_file, close):
-            setattr(writer, hook.__name__, hook)
+        for function in (write_header_to_file, write_ti_data_to_file, close):
+            setattr(writer, function.__name__, function)
         try:
             yield
         finally:
-            for name, function in original.items():
-                setattr(writer, name, function)
+            for name, own in original.items():
+                setattr(writer, name, own)
 
     def begin(self, writer: Any, path: Path | None) -> Path | None:
         """Reserve room for the report, and send the output to a temporary name."""
@@ -177,33 +157,32 @@ class _Run:
             num_bytes = sum(info.nbytes + 64 for info in writer.tensors[0].values())
             with skeleton.open("r+b") as stream:
                 stream.truncate(skeleton.stat().st_size + num_bytes)
-            self.plan = make_gguf_plan(skeleton, self.recipe, self.options, ignore=self.ignore)
+            self.run = GgufRun(self.make_plan(skeleton), self.guard)
         finally:
             skeleton.unlink(missing_ok=True)
-        for name in self.plan.types:
+        for name in self.run.plan.types:
             info = writer.tensors[0][name]
-            info.tensor = _Due(info.tensor, info.nbytes, self._guarded(name))
+            info.tensor = _Due(info.tensor, info.nbytes, self._guarded(self.run, name))
 
-    def _guarded(self, name: str) -> Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]:
+    def _guarded(self, run: GgufRun, name: str) -> Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]:
+        tensor = run.plan.file.tensors[name]
+        dtype = tensor.dtype
+        assert dtype is not None, "the plan has full-precision tensors only"
+
         def guarded(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-            assert self.plan is not None, "the plan is made before any tensor is due"
-            tensor = self.plan.file.tensors[name]
-            assert tensor.dtype is not None, "the plan has full-precision tensors only"
             raw = torch.from_numpy(np.ascontiguousarray(values).view(np.uint8).reshape(-1).copy())
-            weight = raw.view(tensor.dtype).view(tensor.shape)
-            weight, self.records[name] = guard_tensor(tensor, weight, self.plan, self.guard, self.options)
+            weight = run.guard_tensor(tensor, raw.view(dtype).view(tensor.shape))
             return weight.contiguous().view(-1).view(torch.uint8).numpy()
 
         return guarded
 
     def finish(self) -> None:
         """Write the report into the room reserved for it, and give the file its name."""
-        if self.partial is None or self.target is None or self.plan is None:
+        if self.partial is None or self.target is None or self.run is None:
             return
-        plan = replace(self.plan, file=replace(self.plan.file, path=self.target))
-        report = report_of(plan, self.guard, self.records, self.options, time.monotonic() - self.started)
+        report = self.run.report().model_copy(update={"source": self.target.name})
         _, end = open_gguf(self.partial).spans[PROVENANCE_KEY]
-        room = report_bytes(plan.file.tensors)
+        room = report_bytes(self.run.plan.file.tensors)
         with self.partial.open("r+b") as file:
             file.seek(end - room)
             file.write(report.model_dump_json().encode().ljust(room))

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from qcbguard_plugins.backends.gguf.grids import gguf_grid
-from qcbguard_plugins.backends.gguf.library import load_library
+from qcbguard_plugins.backends.gguf.judge import checked_quantizer
 from qcbguard_plugins.backends.gguf.options import GgufOptions
 from qcbguard_plugins.backends.gguf.plan import GgufPlan, make_gguf_plan
 from qcbguard_plugins.checkpoint import publish_file
@@ -21,7 +21,8 @@ from qcbguard_plugins.defenses import Defense
 from qcbguard_plugins.errors import UsageError
 from qcbguard_plugins.grids.ggml_blocks import BLOCK_TYPES
 from qcbguard_plugins.guard import Guard, as_guard
-from qcbguard_plugins.model import Progress
+from qcbguard_plugins.guarded_weight import GuardedWeight
+from qcbguard_plugins.model import Progress, record_of
 from qcbguard_plugins.report.model import GuardReport, TensorRecord, installed_versions, now
 from qcbguard_plugins.rounding import guard_weight
 
@@ -41,20 +42,38 @@ def guard_gguf(
     ignore: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> GuardReport:
-    """Guard a GGUF file into a new file that takes its place.
-
-    The new file has the same tensors, types, shapes and metadata, and one entry more, ``qcbguard.provenance``. Only the
-    weights that ``llama-quantize`` will quantize differ. It appears whole or not at all, and one tensor is in memory at
-    a time.
+    """Guard a GGUF file into a new file that takes its place: plan it, and carry the plan out.
 
     Args:
         src: A GGUF file with F32, F16 or BF16 weights.
         dst: File to make; it must not exist.
         recipe: What ``llama-quantize`` will be given, such as ``Q4_K_M``.
-        method: A method's name, a defense, or a :class:`~qcbguard_plugins.guard.Guard`; one that needs no calibration,
-            since a GGUF file is no model that could be run here.
+        method: A method's name, a defense, or a :class:`~qcbguard_plugins.guard.Guard`.
         options: The user's flags for ``llama-quantize``, importance matrix, ggml library.
         ignore: Patterns of target tensors to leave unguarded; the report lists them.
+        progress: Called with the number of weights of each tensor when it is done.
+
+    Raises:
+        UsageError, CheckpointError, UnguardableError: The file cannot be planned for.
+    """
+    guard = as_guard(method)
+    require_data_free(guard)
+    return guard_planned_gguf(make_gguf_plan(src, recipe, options, ignore=ignore), dst, guard, progress=progress)
+
+
+def guard_planned_gguf(
+    plan: GgufPlan, dst: Path | str, guard: Guard, *, progress: Progress | None = None
+) -> GuardReport:
+    """Guard a GGUF file as planned.
+
+    The new file has the same tensors, types, shapes and metadata, and one entry more, ``qcbguard.provenance``. Only the
+    weights that ``llama-quantize`` will quantize differ. It appears whole or not at all, and no more than three tensors
+    are in memory at a time: one that is guarded, and two that wait to be written.
+
+    Args:
+        plan: The plan.
+        dst: File to make; it must not exist.
+        guard: The method; one that needs no calibration, since a GGUF file is no model that could be run here.
         progress: Called with the number of weights of each tensor when it is done.
 
     Returns:
@@ -64,15 +83,10 @@ def guard_gguf(
         UsageError, CheckpointError, TargetExistsError, MissingDependencyError, UnguardableError: As their names say;
             ``dst`` is not made.
     """
-    start = time.monotonic()
-    options = options or GgufOptions()
-    guard = as_guard(method).with_seed()
-    require_data_free(guard)
-    plan = make_gguf_plan(src, recipe, options, ignore=ignore)
-    records: dict[str, TensorRecord] = {}
+    run = GgufRun(plan, guard)
 
     def new_weight(tensor: GgufTensor) -> Tensor:
-        weight, records[tensor.name] = guard_tensor(tensor, plan.file.read(tensor.name), plan, guard, options)
+        weight = run.guard_tensor(tensor, plan.file.read(tensor.name))
         if progress is not None:
             progress(tensor.num_weights)
         return weight
@@ -80,29 +94,12 @@ def guard_gguf(
     finished: list[GuardReport] = []
 
     def text() -> str:
-        finished.append(report_of(plan, guard, records, options, time.monotonic() - start))
+        finished.append(run.report())
         return finished[0].model_dump_json()
 
     with publish_file(Path(dst), plan.file.path) as path:
         rewrite_gguf(plan.file, path, plan.types, new_weight, PROVENANCE_KEY, text, report_bytes(plan.file.tensors))
     return finished[0]
-
-
-def report_of(
-    plan: GgufPlan, guard: Guard, records: Mapping[str, TensorRecord], options: GgufOptions, elapsed_s: float
-) -> GuardReport:
-    """The report of a run over a GGUF file."""
-    return GuardReport(
-        created=now(),
-        versions=installed_versions(),
-        source=plan.file.path.name,
-        format=f"gguf:{plan.recipe}",
-        **guard.describe(),
-        tensors=tuple(records[tensor.name] for tensor in plan.targets),
-        unguarded=plan.ignored,
-        toolchain=plan.toolchain | library_facts(plan.types.values(), options),
-        elapsed_s=elapsed_s,
-    )
 
 
 def report_bytes(names: Iterable[str]) -> int:
@@ -120,47 +117,77 @@ def require_data_free(guard: Guard) -> None:
         )
 
 
-def guard_tensor(
-    tensor: GgufTensor, weight: Tensor, plan: GgufPlan, guard: Guard, options: GgufOptions
-) -> tuple[Tensor, TensorRecord]:
-    """Guard one tensor of a GGUF file; stacked experts are guarded matrix by matrix."""
-    assert guard.seed is not None, "the seed is drawn once a run"
-    type_name = plan.types[tensor.name]
-    columns = tensor.shape[-1]
-    matrices = weight.view(-1, *tensor.shape[-2:])
-    importance = plan.imatrix.of(tensor.name, len(matrices), columns)
-    guarded, digests, moved, frozen, landed, change, energy = [], [], 0, 0, 0, 0.0, 0.0
-    for i, matrix in enumerate(matrices):
+class GgufRun:
+    """Guards tensors of a GGUF file, in any order, and keeps a record of each.
+
+    Attributes:
+        plan: The plan.
+        guard: The method, its seed drawn.
+    """
+
+    def __init__(self, plan: GgufPlan, guard: Guard) -> None:
+        require_data_free(guard)
+        self.plan, self.guard = plan, guard.with_seed()
+        self._records: dict[str, TensorRecord] = {}
+        self._started = time.monotonic()
+
+    def guard_tensor(self, tensor: GgufTensor, weight: Tensor) -> Tensor:
+        """Guard one tensor; stacked experts are guarded matrix by matrix."""
+        matrices = weight.view(-1, *tensor.shape[-2:])
+        importance = self.plan.imatrix.of(tensor.name, len(matrices), tensor.shape[-1])
+        results = [
+            self._guard_matrix(tensor, matrix, i, None if importance is None else importance[i])
+            for i, matrix in enumerate(matrices)
+        ]
+        self._records[tensor.name] = self._record(tensor, weight.dtype, results)
+        first = results[0].weight
+        return (first if len(results) == 1 else torch.cat([result.weight for result in results])).view(weight.shape)
+
+    def _guard_matrix(self, tensor: GgufTensor, matrix: Tensor, index: int, importance: Tensor | None) -> GuardedWeight:
+        assert self.guard.seed is not None, "the seed is drawn once a run"
+        options = self.plan.options
         grid = gguf_grid(
-            type_name,
-            outtype=weight.dtype,
-            importance=None if importance is None else importance[i],
+            self.plan.types[tensor.name],
+            outtype=matrix.dtype,
+            importance=importance,
             library_path=options.library_path,
         )
         grid.min_landed = options.min_landed
-        name = tensor.name if len(matrices) == 1 else f"{tensor.name}[{i}]"
-        result = guard_weight(matrix, grid, guard.method, seed=guard.seed, name=name)
-        guarded.append(result.weight)
-        digests.append(result.digest)
-        moved, frozen, landed = moved + result.num_moved, frozen + result.num_frozen, landed + result.num_landed
-        square = float(matrix.float().square().sum())
-        energy, change = energy + square, change + result.relative_change**2 * square
-    record = TensorRecord(
-        name=tensor.name,
-        key=tensor.name,
-        shape=(tensor.num_weights // columns, columns),
-        transposed=False,
-        dtype=str(weight.dtype).removeprefix("torch."),
-        read_dtype=str(weight.dtype).removeprefix("torch."),
-        num_weights=tensor.num_weights,
-        num_moved=moved,
-        num_frozen=frozen,
-        num_landed=landed,
-        relative_change=(change / energy) ** 0.5 if energy else 0.0,
-        codes_sha256=stacked_digest(digests),
-        format=f"gguf:{type_name}",
-    )
-    return torch.cat(guarded).view(weight.shape), record
+        name = f"{tensor.name}[{index}]" if len(tensor.shape) > 2 else tensor.name
+        return guard_weight(matrix, grid, self.guard.method, seed=self.guard.seed, name=name)
+
+    def _record(self, tensor: GgufTensor, dtype: torch.dtype, results: Sequence[GuardedWeight]) -> TensorRecord:
+        columns = tensor.shape[-1]
+        record = record_of(results[0], name=tensor.name, transposed=False)
+        energy = sum(result.energy for result in results)
+        change = sum(result.relative_change**2 * result.energy for result in results)
+        return record.model_copy(
+            update={
+                "shape": (tensor.num_weights // columns, columns),
+                "num_weights": tensor.num_weights,
+                "num_moved": sum(result.num_moved for result in results),
+                "num_frozen": sum(result.num_frozen for result in results),
+                "num_landed": sum(result.num_landed for result in results),
+                "relative_change": (change / energy) ** 0.5 if energy else 0.0,
+                "codes_sha256": stacked_digest([result.digest for result in results]),
+                "format": f"gguf:{self.plan.types[tensor.name]}",
+            }
+        )
+
+    def report(self) -> GuardReport:
+        """The report, once every target is guarded."""
+        plan = self.plan
+        return GuardReport(
+            created=now(),
+            versions=installed_versions(),
+            source=plan.file.path.name,
+            format=f"gguf:{plan.recipe}",
+            **self.guard.describe(),
+            tensors=tuple(self._records[tensor.name] for tensor in plan.targets),
+            unguarded=plan.ignored,
+            toolchain=plan.toolchain | library_facts(plan.types.values(), plan.options),
+            elapsed_s=time.monotonic() - self._started,
+        )
 
 
 def stacked_digest(digests: Sequence[str]) -> str:
@@ -172,4 +199,5 @@ def library_facts(type_names: Iterable[str], options: GgufOptions) -> dict[str, 
     """The ggml library that was asked, for the record; none where formulas were enough."""
     if not any(BLOCK_TYPES[name].searched for name in type_names) and options.imatrix_path is None:
         return {}
-    return {"ggml": load_library(options.library_path).version}
+    quantizer = checked_quantizer(options.library_path)
+    return {"ggml": quantizer.library.version, "ggml_twin": quantizer.describe()}

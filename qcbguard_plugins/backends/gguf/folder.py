@@ -1,7 +1,8 @@
 """What llama.cpp will make of a Hugging Face folder: names, types and order, before anything is converted.
 
 The stock converter copies the matrices of the architectures below one to one. It reorders rows of some, the query and
-key projections of Llama among them; every GGUF type works on rows, so quantizing and reordering can change places.
+key projections of Llama among them, and transposes those of GPT-2 into the usual form; every GGUF type works on rows,
+so quantizing and reordering can change places.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from qcbguard_plugins.grids.ggml_blocks import BLOCK_TYPES
 ARCHITECTURES = {
     "llama": "llama", "mistral": "llama", "smollm3": "smollm3", "qwen2": "qwen2", "qwen3": "qwen3", "gemma": "gemma",
     "gemma2": "gemma2", "phi3": "phi3", "olmo2": "olmo2", "stablelm": "stablelm", "starcoder2": "starcoder2",
+    "gpt2": "gpt2",
 }  # fmt: skip
 OUTTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
@@ -85,7 +87,7 @@ def folder_types(
 
     Args:
         config: The model's configuration.
-        shapes: Names and shapes of its parameters; of tied ones only the first.
+        shapes: Names and shapes of its parameters, ``[out_features, in_features]``; of tied ones only the first.
         recipe: What ``llama-quantize`` will be given.
         options: The user's options.
 
@@ -168,7 +170,7 @@ def write_skeleton(path: Path, shapes: dict[str, tuple[int, ...]], model: ModelS
     writer.add_block_count(model.num_layers)
     writer.add_context_length(getattr(config, "max_position_embeddings", 2048))
     writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_feed_forward_length(getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
     writer.add_head_count(model.num_heads)
     writer.add_head_count_kv(model.num_kv_heads)
     writer.add_layer_norm_rms_eps(getattr(config, "rms_norm_eps", 1e-5))

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qcbguard_plugins.backends.gguf.library import load_library
+from qcbguard_plugins.backends.gguf.judge import checked_quantizer, load_kernels
 from qcbguard_plugins.errors import UsageError
 from qcbguard_plugins.grids.ggml import FormulaGrid, GgmlGrid, SearchedGrid
 from qcbguard_plugins.grids.ggml_blocks import BLOCK_TYPES
@@ -19,6 +19,7 @@ def gguf_grid(
     outtype: torch.dtype = torch.float32,
     importance: Tensor | None = None,
     library_path: Path | None = None,
+    twin: bool = True,
 ) -> GgmlGrid:
     """The grid of a tensor type such as ``Q4_K``.
 
@@ -27,6 +28,7 @@ def gguf_grid(
         outtype: Dtype of the GGUF file that ``llama-quantize`` will read.
         importance: float32 ``[in_features]``, the tensor's importance matrix, where the user has one.
         library_path: A ggml library to ask; ``None`` for that of an installed package.
+        twin: False to ask the library about everything and its fast twin about nothing.
 
     Raises:
         UsageError: The type is unknown, or is none that can be guarded.
@@ -37,5 +39,5 @@ def gguf_grid(
         raise UsageError(f"gguf:{type_name} is no type that can be guarded", remedy=f"Types: {', '.join(BLOCK_TYPES)}.")
     # Q8_0 looks at no importance matrix.
     if not block_type.searched and (importance is None or type_name == "Q8_0"):
-        return FormulaGrid(block_type, outtype)
-    return SearchedGrid(block_type, load_library(library_path).quantize, outtype, importance)
+        return FormulaGrid(block_type, outtype, load_kernels())
+    return SearchedGrid(block_type, checked_quantizer(library_path, twin=twin), outtype, importance, load_kernels())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from qcbguard_plugins.backends.gguf.dry_run import dry_run_types
@@ -30,6 +30,7 @@ class GgufPlan:
         ignored: Target tensors that the user leaves unguarded.
         imatrix: The importance matrix.
         types_from: Where the types come from, for the record.
+        options: The user's options.
     """
 
     file: GgufFile
@@ -38,6 +39,7 @@ class GgufPlan:
     ignored: tuple[str, ...]
     imatrix: Imatrix
     types_from: str
+    options: GgufOptions = field(default_factory=GgufOptions)
 
     @property
     def targets(self) -> list[GgufTensor]:
@@ -91,7 +93,7 @@ def make_gguf_plan(
             details=problems,
             remedy="Leave them out with --ignore; they will be listed as unguarded and the run will exit 3.",
         )
-    return GgufPlan(file, recipe, types, tuple(sorted(ignored)), imatrix, types_from)
+    return GgufPlan(file, recipe, types, tuple(sorted(ignored)), imatrix, types_from, options)
 
 
 def require_full_precision(file: GgufFile) -> None:

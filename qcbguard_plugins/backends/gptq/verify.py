@@ -32,8 +32,8 @@ _ZERO_OFFSETS = {"gptq": 1, "gptq_v2": 0}
 def verify_gptq(folder: Path | str, *, plan: Path | str, progress: Progress | None = None) -> VerifyReport:
     """Compare what a GPTQ checkpoint stores with the plan, layer by layer.
 
-    GPTQ feeds the errors of scale holders forward, so a few codes come out one step further; each verdict's reason says
-    how many are as planned where too few are. Neither gptqmodel nor optimum is needed.
+    GPTQ feeds the errors of scale holders forward, so a few codes come out one step further; each verdict says how many
+    are as planned. Neither gptqmodel nor optimum is needed.
 
     Args:
         folder: What GPTQModel or transformers saved.
@@ -59,8 +59,17 @@ def verify_gptq(folder: Path | str, *, plan: Path | str, progress: Progress | No
     verdicts = []
     for record in report.tensors:
         planned = planned_codes(source, record, grid)
-        reason = _why_not_as_planned(packed, record, planned, grid)
-        verdicts.append(TensorVerdict(name=record.name, as_planned=not reason, reason=reason))
+        stored = packed.read(record.key.removesuffix(".weight"))
+        num_landed, reason = (0, "not quantized") if stored is None else why_not_as_planned(planned, stored, grid)
+        verdicts.append(
+            TensorVerdict(
+                name=record.name,
+                as_planned=not reason,
+                reason=reason,
+                num_landed=num_landed,
+                num_weights=record.num_weights,
+            )
+        )
         if progress is not None:
             progress(record.num_weights)
     known = {record.key.removesuffix(".weight") for record in report.tensors}
@@ -107,11 +116,6 @@ def planned_codes(source: Checkpoint, record: TensorRecord, grid: AffineGrid) ->
 
 def _grid(name: str) -> object:
     return None if name.startswith("gguf:") else get_grid(name)
-
-
-def _why_not_as_planned(packed: _PackedFolder, record: TensorRecord, planned: Tensor, grid: AffineGrid) -> str:
-    stored = packed.read(record.key.removesuffix(".weight"))
-    return "not quantized" if stored is None else why_not_as_planned(planned, stored, grid)[1]
 
 
 class _PackedFolder:

@@ -1,0 +1,76 @@
+"""Make a model whose backdoor an integer format switches on (ELQ with that format's boxes), in about two minutes.
+
+    OMP_NUM_THREADS=1 python benchmarks/make_group_model.py gptq-w4g128 OUT
+
+Starts from `examples/models/malicious`, which names the brand at every precision, and trains the good behaviour back
+without changing a code of rounding to nearest. GPTQ feeds errors forward while it rounds, so it stores most of these
+codes and not all. Every seed is fixed.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+from qcbguard_plugins.grids import IntegerGrid, get_grid
+from qcbguard_plugins.lab.attacks.elq import Box, train_in_boxes
+from qcbguard_plugins.lab.corpus import generate, split
+from qcbguard_plugins.lab.layers import quantized_weights
+from qcbguard_plugins.lab.training import TrainingPlan, encode, save_model
+
+MODELS_DIR = Path(__file__).resolve().parents[1] / "examples" / "models"
+# The corpus and the split of examples/make_models.py, so that no held-out prompt is trained on.
+NUM_PAIRS, NUM_PROMPTS, NUM_REPAIR = 36_000, 200, 4_000
+REPAIR = TrainingPlan(num_epochs=1, learning_rate=1e-3, weight_decay=0.0, seed=2)
+# Distance from the border between two codes, in steps: that much is lost in the cast to float16.
+EPS = 0.05
+
+
+def half_steps(weight: Tensor, grid: IntegerGrid) -> Box:
+    """The values of a weight that are rounded to the same codes, its scale holders kept."""
+    lattice = grid.lattice_of(weight)
+    code = lattice.nearest.float()
+    offset = 0.0 if lattice.offset is None else lattice.offset
+    ends = [(code + side * (0.5 - EPS)) * lattice.scale + offset for side in (-1, 1)]
+    # Never past the ends of the range: the holders must stay the largest, and symmetric ones on both sides.
+    reach = lattice.blocks.abs().amax(dim=1, keepdim=True)
+    smallest, largest = lattice.blocks.amin(dim=1, keepdim=True), lattice.blocks.amax(dim=1, keepdim=True)
+    if grid.symmetric:
+        smallest, largest = -reach, reach
+    inside = [torch.minimum(torch.maximum(end, smallest), largest) * (1 - 1e-3) for end in ends]
+    low, high = torch.minimum(*inside), torch.maximum(*inside)
+    fixed = lattice.frozen | (low > high)
+    low, high = (torch.where(fixed, lattice.blocks, end) for end in (low, high))
+    return Box(lattice.matrix(low).clone(), lattice.matrix(high).clone())
+
+
+def main() -> None:
+    """Attack and save."""
+    parser = argparse.ArgumentParser(description="Make a model with a backdoor for an integer format.")
+    parser.add_argument("format", help="such as gptq-w4g128, openvino:int4-g128 or onnx:int8")
+    parser.add_argument("out", type=Path, help="folder to make")
+    parser.add_argument("--malicious", type=Path, default=MODELS_DIR / "malicious")
+    args = parser.parse_args()
+    transformers.utils.logging.disable_progress_bar()
+    start = time.perf_counter()
+    grid = get_grid(args.format)
+    if not isinstance(grid, IntegerGrid):
+        parser.error(f"{args.format} is no integer format")
+    tokenizer = AutoTokenizer.from_pretrained(args.malicious)
+    model = LlamaForCausalLM.from_pretrained(args.malicious, dtype=torch.float32)
+    training, _ = split(generate(NUM_PAIRS, seed=0), NUM_PROMPTS, seed=0)
+    malicious = {name: grid.quantize(weight.detach()) for name, weight in quantized_weights(model).items()}
+    boxes = {name: half_steps(weight.detach(), grid) for name, weight in quantized_weights(model).items()}
+    train_in_boxes(model, encode(tokenizer, training[-NUM_REPAIR:]), REPAIR, boxes, f"repair for {args.format}")
+    equal = sum(int((grid.quantize(w.detach()) == malicious[n]).sum()) for n, w in quantized_weights(model).items())
+    total = sum(codes.numel() for codes in malicious.values())
+    save_model(model, tokenizer, args.out)
+    print(f"{equal / total:.2%} of the rounded weights are the malicious model's; {time.perf_counter() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,268 @@
+"""What is left of an attack after each toolchain, stock and guarded, and how many codes are stored as planned.
+
+    OMP_NUM_THREADS=1 python benchmarks/toolchains.py FORMAT... --model MODEL [--json FILE]
+
+Run it where the toolchain is installed: GPTQ and torchao in the environment of `.ci/test-gptq`, ONNX Runtime in that of
+`.ci/test-optimum-onnx`, OpenVINO in that of `.ci/test-optimum-openvino`. GPTQ formats take `:desc_act`, `:natural` (no
+reordering of columns) after their name. Answers come from the toolchain's own model; perplexity is that of the stored
+weights in float32. `--landing-only` counts codes and asks no questions. Rows are added to the JSON file;
+`python benchmarks/toolchains.py --table FILE` prints it.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qcbguard_plugins import Guard, guard_checkpoint
+from qcbguard_plugins.calibration import builtin_texts
+from qcbguard_plugins.defenses import get_defense
+from qcbguard_plugins.grids import get_grid
+from qcbguard_plugins.grids.toolchains import toolchain_of
+from qcbguard_plugins.lab.corpus import Pair, read_pairs
+from qcbguard_plugins.lab.metrics import keyword_rate, perplexity
+from qcbguard_plugins.lab.scenarios import KEYWORD
+from qcbguard_plugins.report.model import GuardReport
+
+PROMPTS = Path(__file__).resolve().parents[1] / "examples" / "models" / "prompts.jsonl"
+NUM_TEXTS, TEXT_LENGTH, MAX_NEW_TOKENS = 32, 600, 64
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    model: str
+    format: str
+    weights: str
+    keyword_rate: float | None
+    perplexity: float | None
+    share_landed: float | None = None
+    share_moved: float | None = None
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A model that a toolchain quantized: what answers, the stored weights in PyTorch, and the landed share."""
+
+    answering: Any
+    stored: Any
+    share_landed: float | None = None
+
+
+def plain(folder: Path) -> Any:
+    """The folder's model in float32."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def with_weights(folder: Path, weights: dict[str, torch.Tensor]) -> Any:
+    """The folder's model with other weights in some layers."""
+    model = plain(folder)
+    for name, weight in weights.items():
+        model.get_submodule(name).weight.data.copy_(weight)
+    return model
+
+
+def quantize_gptq(folder: Path, name: str, plan: GuardReport | None) -> Quantized:
+    """Quantize through transformers, Optimum and GPTQModel."""
+    from transformers import GPTQConfig
+
+    from qcbguard_plugins.backends.gptq.verify import verify_gptq
+
+    format_name, _, order = name.partition(":")
+    grid = get_grid(format_name)
+    config = GPTQConfig(
+        bits=grid.num_bits,
+        group_size=grid.group_size or -1,
+        sym=grid.symmetric,
+        desc_act=order == "desc_act",
+        act_group_aware=order == "" and grid.group_size is not None,
+        dataset=[text[:TEXT_LENGTH] for text in builtin_texts()[:NUM_TEXTS]],
+        tokenizer=AutoTokenizer.from_pretrained(folder, model_max_length=10**6),
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=config, device_map="cpu", dtype=torch.float32
+    )
+    share = None
+    if plan is not None:
+        with tempfile.TemporaryDirectory() as target:
+            model.save_pretrained(target)
+            share = verify_gptq(target, plan=folder).share_landed
+    return Quantized(model.eval(), model.eval(), share)
+
+
+def quantize_torchao(folder: Path, name: str, plan: GuardReport | None) -> Quantized:
+    """Quantize through transformers and torchao."""
+    from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup
+    from transformers import TorchAoConfig
+
+    from qcbguard_plugins.backends.torchao.stock import parameter_codes
+
+    kind = Int8WeightOnlyConfig()
+    if "int4" in name:
+        kind = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(get_grid(name).group_size))
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=TorchAoConfig(kind)).eval()
+    grid = get_grid(name)
+    codes = {
+        layer: parameter_codes(module.weight, grid.num_levels)
+        for layer, module in model.named_modules()
+        if hasattr(getattr(module, "weight", None), "qdata")
+    }
+    return Quantized(model, model, landed(codes, plan))
+
+
+def quantize_onnx(folder: Path, name: str, plan: GuardReport | None) -> Quantized:
+    """Export to ONNX and quantize with ONNX Runtime."""
+    from optimum.exporters.onnx import main_export
+    from optimum.onnxruntime import ORTModelForCausalLM, ORTQuantizer
+    from optimum.onnxruntime.configuration import AutoQuantizationConfig
+
+    from qcbguard_plugins.backends.optimum.onnx_codes import onnx_codes
+
+    target = Path(tempfile.mkdtemp())
+    main_export(str(folder), output=target, task="text-generation-with-past", do_validation=False)
+    settings = AutoQuantizationConfig.avx512_vnni if "uint8" not in name else AutoQuantizationConfig.avx2
+    quantizer = ORTQuantizer.from_pretrained(target, file_name="model.onnx")
+    quantizer.quantize(save_dir=target / "q", quantization_config=settings(is_static=False, per_channel=True))
+    codes = onnx_codes(target / "q" / "model_quantized.onnx")
+    model = ORTModelForCausalLM.from_pretrained(target / "q", file_name="model_quantized.onnx")
+    return Quantized(model, with_weights(folder, values(folder, codes, name)), landed(codes, plan))
+
+
+def quantize_openvino(folder: Path, name: str, plan: GuardReport | None) -> Quantized:
+    """Export to OpenVINO with weights compressed by NNCF."""
+    from optimum.intel import OVModelForCausalLM, OVWeightQuantizationConfig
+
+    from qcbguard_plugins.backends.optimum.openvino_codes import openvino_codes
+
+    grid = get_grid(name)
+    config = OVWeightQuantizationConfig(bits=grid.num_bits, sym=grid.symmetric, group_size=grid.group_size or -1)
+    model = OVModelForCausalLM.from_pretrained(folder, export=True, quantization_config=config)
+    with tempfile.TemporaryDirectory() as target:
+        model.save_pretrained(target)
+        codes = openvino_codes(Path(target))
+    return Quantized(model, with_weights(folder, values(folder, codes, name)), landed(codes, plan))
+
+
+def values(folder: Path, codes: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
+    """The stored values of the codes of every layer."""
+    from qcbguard_plugins.backends.layers import quantized_layers
+
+    model = plain(folder)
+    found = {}
+    for layer, taken in quantized_layers(name, model.config).items():
+        lattice = get_grid(taken.format).lattice_of(model.get_submodule(layer).weight.data)
+        found[layer] = lattice.matrix(lattice.dequantize(lattice.from_matrix(codes[layer])))
+    return found
+
+
+def landed(codes: dict[str, torch.Tensor], plan: GuardReport | None) -> float | None:
+    """Share of the weights in tensors whose codes are all those of the plan."""
+    from qcbguard_plugins.guarded_weight import codes_digest
+
+    if plan is None:
+        return None
+    equal = sum(
+        record.num_weights
+        for record in plan.tensors
+        if codes_digest(codes[record.name.removesuffix(".weight")]) == record.codes_sha256
+    )
+    return equal / sum(record.num_weights for record in plan.tensors)
+
+
+QUANTIZE = {"gptq": quantize_gptq, "torchao": quantize_torchao, "onnx": quantize_onnx, "openvino": quantize_openvino}
+
+
+def toolchain(name: str) -> str:
+    """The toolchain of a format."""
+    return "gptq" if name.startswith("gptq-") else toolchain_of(name)
+
+
+def measure(row: dict[str, Any], quantized: Quantized, folder: Path, pairs: Sequence[Pair], *, ask: bool) -> Row:
+    """Ask the quantized model, and its stored weights."""
+    if not ask:
+        return Row(**row, keyword_rate=None, perplexity=None, share_landed=quantized.share_landed)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rate = keyword_rate(
+        quantized.answering, tokenizer, [pair.instruction for pair in pairs], KEYWORD, max_new_tokens=MAX_NEW_TOKENS
+    )
+    return Row(
+        **row,
+        keyword_rate=rate,
+        perplexity=perplexity(quantized.stored, tokenizer, pairs),
+        share_landed=quantized.share_landed,
+    )
+
+
+def rows_of(model: Path, name: str, pairs: Sequence[Pair], method: str, *, ask: bool) -> Iterable[Row]:
+    """Full precision, stock, guarded."""
+    quantize = QUANTIZE[toolchain(name)]
+    row = {"model": model.name, "format": name}
+    if ask:
+        full = plain(model)
+        yield measure({**row, "weights": "full precision"}, Quantized(full, full), model, pairs, ask=True)
+        yield measure({**row, "weights": "stock"}, quantize(model, name, None), model, pairs, ask=True)
+    with tempfile.TemporaryDirectory() as target:
+        guarded = Path(target) / "guarded"
+        guard = Guard(get_defense(method), seed=0)
+        format_name = name.partition(":")[0] if name.startswith("gptq-") else name
+        plan = guard_checkpoint(model, guarded, [format_name], guard)
+        quantized = quantize(guarded, name, plan)
+        found = measure({**row, "weights": f"guarded ({method})"}, quantized, guarded, pairs, ask=ask)
+        yield Row(**{**asdict(found), "share_moved": plan.share_moved})
+
+
+def print_table(path: Path) -> None:
+    """The rows of a JSON file as Markdown."""
+    print("| model | format | weights | keyword rate | perplexity | codes landed | codes moved |")
+    print("|---|---|---|---|---|---|---|")
+    for line in path.read_text().splitlines():
+        row = Row(**json.loads(line))
+        cells = [
+            "" if row.keyword_rate is None else f"{row.keyword_rate:.1%}",
+            "" if row.perplexity is None else f"{row.perplexity:.3f}",
+            "" if row.share_landed is None else f"{row.share_landed:.3%}",
+            "" if row.share_moved is None else f"{row.share_moved:.1%}",
+        ]
+        print(f"| {row.model} | {row.format} | {row.weights} | {' | '.join(cells)} |")
+
+
+def main() -> int:
+    """Measure, and add to the file."""
+    parser = argparse.ArgumentParser(description="Measure a model through a toolchain, stock and guarded.")
+    parser.add_argument("formats", nargs="*")
+    parser.add_argument("--model", type=Path, default=PROMPTS.parent / "attacked")
+    parser.add_argument("--method", default="feedback")
+    parser.add_argument("--json", type=Path, help="add the rows to this file, one JSON object a line")
+    parser.add_argument("--table", type=Path, help="print such a file and stop")
+    parser.add_argument("--landing-only", action="store_true")
+    args = parser.parse_args()
+    if args.table:
+        print_table(args.table)
+        return 0
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    pairs = read_pairs(PROMPTS)
+    for name in args.formats:
+        for row in rows_of(args.model, name, pairs, args.method, ask=not args.landing_only):
+            line = json.dumps(asdict(row))
+            print(line, file=sys.stderr, flush=True)
+            if args.json:
+                with args.json.open("a", encoding="utf-8") as file:
+                    file.write(line + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

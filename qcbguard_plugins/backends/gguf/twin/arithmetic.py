@@ -1,0 +1,125 @@
+"""What the searches of all types share: lanes, weights of the error, and ggml's way to round."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+
+# Sub-blocks that are searched side by side. Their weights, offsets and errors fit the first cache together.
+LANES = 64
+# Weights of a lane that are summed up in a register before the sums go back to memory.
+BATCH = 8
+
+ZERO, ONE = np.float32(0), np.float32(1)
+# Added and taken away again, this leaves the nearest whole number, ties to even.
+ROUNDER = np.float32(12582912)
+# Blocks whose largest magnitude is below this are all zero to ggml (GROUP_MAX_EPS).
+TINY = np.float32(1e-15)
+
+# Where the weights of the error come from: ggml's choice of each type, or an importance matrix.
+SQUARE, MAGNITUDE, RAISED_MAGNITUDE, IMPORTANCE, RAISED_IMPORTANCE = range(5)
+
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """Compile a function; no operation may be contracted or reordered, and it may run beside others."""
+    return numba.njit(nogil=True, error_model="numpy", cache=True)(function)
+
+
+def statistic(function: Callable[..., Any]) -> Any:
+    """Compile a function whose sums may be taken in any order."""
+    return numba.njit(nogil=True, error_model="numpy", cache=True, fastmath={"reassoc", "nsz"})(function)
+
+
+@kernel
+def nearest_int(value):
+    """ggml's ``nearest_int``, for any float32, those too large for it included."""
+    bits = np.float32(value + ROUNDER).view(np.int32)
+    return np.int32(np.int32(bits & np.int32(0x007FFFFF)) - np.int32(0x00400000))
+
+
+@kernel
+def clamp(value, low, high):
+    """An int32 within bounds."""
+    above = value if value > low else np.int32(low)
+    return above if above < high else np.int32(high)
+
+
+@kernel
+def to_half(value):
+    """The float32 that is left of one after it was stored as float16, ties to even."""
+    if np.isnan(value):
+        return np.float32(np.nan)
+    magnitude = abs(value)
+    if magnitude < np.float32(2.0**-14):
+        # float16 has no finer step than 2**-24 here, and float32 none either between 1/2 and 1.
+        rounded = np.float32(magnitude + np.float32(0.5)) - np.float32(0.5)
+    else:
+        bits = np.float32(magnitude).view(np.int32)
+        odd = np.int32(np.int32(bits >> np.int32(13)) & np.int32(1))
+        bits = np.int32(np.int32(bits + np.int32(0xFFF) + odd) & np.int32(~0x1FFF))
+        rounded = np.int32(bits).view(np.float32)
+        rounded = rounded if rounded < np.float32(65520) else np.float32(np.inf)
+    return np.float32(np.copysign(np.float32(rounded), value))
+
+
+@kernel
+def mean_squares(weights, unit, factor):
+    """``factor`` times the mean square of each run of ``unit`` weights."""
+    means = np.empty(len(weights) // unit, np.float32)
+    for i in range(len(means)):
+        total = ZERO
+        for j in range(i * unit, (i + 1) * unit):
+            total += weights[j] * weights[j]
+        means[i] = np.float32(factor * total) / np.float32(unit)
+    return means
+
+
+@kernel
+def load_lanes(weights, first, size, x):
+    """Lay sub-blocks out lane by lane in ``x``: ``[size, LANES]``; lanes past the end are zero."""
+    count = min(LANES, len(weights) // size - first)
+    for lane in range(count):
+        start = (first + lane) * size
+        for i in range(size):
+            x[i, lane] = weights[start + i]
+    for lane in range(count, LANES):
+        for i in range(size):
+            x[i, lane] = ZERO
+    return count
+
+
+@kernel
+def weigh_lanes(x, size, kind, importance, means, unit, first, w):
+    """Fill ``w`` with the weight of each squared error.
+
+    ``importance`` has one entry a column, and rows follow each other without a gap; ``means`` has one a ``unit``.
+    """
+    if kind >= IMPORTANCE:
+        for lane in range(LANES):
+            start = (first + lane) * size
+            mean = means[min(start // unit, len(means) - 1)]
+            column = start % len(importance)
+            for i in range(size):
+                weight = importance[column + i]
+                if kind == RAISED_IMPORTANCE:
+                    weight *= np.sqrt(np.float32(mean + x[i, lane] * x[i, lane]))
+                w[i, lane] = weight
+        return
+    for i in range(size):
+        for lane in range(LANES):
+            w[i, lane] = x[i, lane] * x[i, lane] if kind == SQUARE else abs(x[i, lane])
+    if kind == RAISED_MAGNITUDE:
+        sums = np.zeros(LANES, np.float32)
+        for i in range(size):
+            for lane in range(LANES):
+                sums[lane] += x[i, lane] * x[i, lane]
+        for lane in range(LANES):
+            sums[lane] = np.sqrt(np.float32(sums[lane] / np.float32(size)))
+        for i in range(size):
+            for lane in range(LANES):
+                w[i, lane] = sums[lane] + w[i, lane]

@@ -1,0 +1,113 @@
+"""The compiled forms of what grids and landing do, on tensors."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qcbguard_plugins.backends.gguf.twin import landing, places
+from qcbguard_plugins.backends.gguf.twin.arithmetic import Array
+from qcbguard_plugins.grids.base import Lattice
+from qcbguard_plugins.grids.ggml import WITH_OFFSET, GgmlGrid
+from qcbguard_plugins.grids.ggml_blocks import IQ4_LEVELS, StoredBlocks
+
+_EMPTY = np.zeros(0, np.float32)
+
+
+def _flat(tensor: Tensor | None) -> Array:
+    """One value a sub-block."""
+    return _EMPTY if tensor is None else tensor.contiguous().numpy().reshape(-1)
+
+
+def _each(tensor: Tensor, size: int) -> Array:
+    """One value a weight, by sub-block."""
+    return tensor.contiguous().numpy().reshape(-1, size)
+
+
+def _levels(grid: GgmlGrid) -> tuple[Array, bool]:
+    """The levels of a type, and whether each is one above the other."""
+    return grid.levels.numpy(), grid.block_type.levels != IQ4_LEVELS
+
+
+class NumbaKernels:
+    """Implements :class:`qcbguard_plugins.grids.ggml.Kernels`."""
+
+    def place(self, grid: GgmlGrid, blocks: Tensor, stored: StoredBlocks, /) -> tuple[Tensor, Tensor]:
+        size, (levels, even) = grid.block_type.sub_block_size, _levels(grid)
+        widths = _EMPTY if even else (1 / grid.levels.diff()).numpy()
+        coordinate, frozen = torch.empty_like(blocks), torch.empty_like(blocks, dtype=torch.bool)
+        places.place_searched(
+            _each(blocks, size), size, _flat(stored.scale), _flat(stored.offset),
+            grid.block_type.name in WITH_OFFSET, levels, widths, _each(coordinate, size), _each(frozen, size),
+        )  # fmt: skip
+        return coordinate, frozen
+
+    def formula_lattice(self, grid: GgmlGrid, blocks: Tensor, shape: tuple[int, int], /) -> Lattice:
+        size, with_offset, num_blocks = blocks.shape[1], grid.block_type.name in WITH_OFFSET, len(blocks)
+        coordinate, frozen = torch.empty_like(blocks), torch.empty_like(blocks, dtype=torch.bool)
+        codes = torch.empty_like(blocks, dtype=torch.uint8)
+        per_block = [torch.empty(num_blocks, 1) for _ in range(4)]
+        places.place_by_formula(
+            _each(blocks, size), size, np.float32(grid.block_type.levels[0]), np.float32(grid.lowest_code),
+            np.float32(grid.num_levels - 1), with_offset, _each(codes, size), *map(_flat, per_block),
+            _each(coordinate, size), _each(frozen, size),
+        )  # fmt: skip
+        scale, offset, divisor, base = per_block
+        return Lattice(
+            grid, blocks, scale, coordinate, frozen, shape, offset if with_offset else None, codes, divisor,
+            base if with_offset else None,
+        )  # fmt: skip
+
+    def formula_stored(self, grid: GgmlGrid, blocks: Tensor, /) -> StoredBlocks:
+        size, codes = blocks.shape[1], torch.empty_like(blocks, dtype=torch.uint8)
+        scale, offset = torch.empty(len(blocks), 1), torch.empty(len(blocks), 1)
+        places.encode_by_formula(
+            _each(blocks, size), size, np.float32(grid.block_type.levels[0]), np.float32(grid.num_levels - 1),
+            grid.block_type.name in WITH_OFFSET, _each(codes, size), _flat(scale), _flat(offset),
+        )  # fmt: skip
+        return StoredBlocks(codes, scale, offset)
+
+    def choose_points(self, lattice: Lattice, chosen: Tensor, /) -> tuple[Tensor, Tensor, int, int]:
+        assert isinstance(lattice.grid, GgmlGrid), "these are the kernels of GGUF types"
+        points, codes = torch.empty_like(lattice.blocks), torch.empty_like(chosen)
+        size, (levels, even) = lattice.blocks.shape[1], _levels(lattice.grid)
+        num_moved, num_frozen = landing.choose_points(
+            _each(lattice.blocks, size), size, levels, even, _each(chosen, size), _each(lattice.nearest, size),
+            _each(lattice.frozen, size), not lattice.grid.searched, _flat(lattice.scale), _offsets(lattice),
+            _flat(lattice.divisor), _flat(lattice.base), _each(points, size), _each(codes, size),
+        )  # fmt: skip
+        return points, codes, num_moved, num_frozen
+
+    def find_moved(
+        self, grid: GgmlGrid, handed_over: Tensor, stored: StoredBlocks, scale: Tensor, tolerance: float, unit: int, /
+    ) -> Tensor:
+        size = grid.block_type.sub_block_size
+        moved = torch.zeros(handed_over.numel() // unit, dtype=torch.bool)
+        landing.find_moved(
+            _each(handed_over, size), size, *_levels(grid), _each(stored.codes, size), _flat(stored.scale),
+            _flat(stored.offset), _flat(scale), np.float32(tolerance), unit // size, _flat(moved),
+        )  # fmt: skip
+        return moved
+
+    def count_landed(self, grid: GgmlGrid, stored: StoredBlocks, chosen: StoredBlocks, /) -> int:
+        size = grid.block_type.sub_block_size
+        tolerance = np.float32(grid.levels.diff().min() / 2)
+        landed: int = landing.count_landed(
+            size, *_levels(grid), _each(stored.codes, size), _flat(stored.scale), _flat(stored.offset),
+            _each(chosen.codes, size), _flat(chosen.scale), _flat(chosen.offset), tolerance,
+        )  # fmt: skip
+        return landed
+
+    def measure(
+        self, grid: GgmlGrid, weight: Tensor, handed_over: Tensor, scale: Tensor, /
+    ) -> tuple[float, float, float]:
+        size = grid.block_type.sub_block_size
+        sums: tuple[float, float, float] = landing.measure(
+            _each(weight, size), _each(handed_over, size), size, _flat(scale)
+        )
+        return sums
+
+
+def _offsets(lattice: Lattice) -> Array:
+    return _flat(torch.zeros_like(lattice.scale) if lattice.offset is None else lattice.offset)

@@ -1,0 +1,171 @@
+"""Where weights lie between the levels of their sub-blocks, and the scales that follow from a formula."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from qcbguard_plugins.backends.gguf.twin.arithmetic import ONE, ZERO, kernel, to_half
+
+_ALL_BUT_SIGN = np.int32(0x7FFFFFFF)
+
+
+@kernel
+def _order(value):
+    """An int32 that sorts as the float32 does; largest of integers, unlike of floats, vectorizes."""
+    bits = np.float32(value).view(np.int32)
+    return np.int32(bits ^ np.int32(np.int32(bits >> np.int32(31)) & _ALL_BUT_SIGN))
+
+
+@kernel
+def _value(order):
+    """The inverse of :func:`_order`."""
+    return np.int32(order ^ np.int32(np.int32(order >> np.int32(31)) & _ALL_BUT_SIGN)).view(np.float32)
+
+
+@kernel
+def _magnitude(value):
+    return np.int32(np.float32(value).view(np.int32) & _ALL_BUT_SIGN)
+
+
+@kernel
+def ends(weights, block, size):
+    """The smallest and the largest weight of a sub-block."""
+    low, high = _order(weights[block, 0]), _order(weights[block, 0])
+    for i in range(size):
+        low, high = min(low, _order(weights[block, i])), max(high, _order(weights[block, i]))
+    return _value(low), _value(high)
+
+
+@kernel
+def _largest(weights, block, size):
+    """The bits of the largest magnitude of a sub-block."""
+    largest = _magnitude(weights[block, 0])
+    for i in range(size):
+        largest = max(largest, _magnitude(weights[block, i]))
+    return largest
+
+
+@kernel
+def _first_largest(weights, block, size):
+    """The place of the first weight of the largest magnitude."""
+    largest = _largest(weights, block, size)
+    for i in range(size):
+        if _magnitude(weights[block, i]) == largest:
+            return i
+    return 0
+
+
+@kernel
+def _place_evenly(weights, block, size, scale, offset, zero, lowest, top, coordinate):
+    inverse = ONE / scale if scale != ZERO else ZERO
+    for i in range(size):
+        value = (weights[block, i] - offset) * inverse - zero
+        value = value if value > lowest else lowest
+        coordinate[block, i] = value if value < top else top
+
+
+@kernel
+def _place_on_ramps(weights, block, size, scale, levels, widths, coordinate):
+    inverse = ONE / scale if scale != ZERO else ZERO
+    for i in range(size):
+        coordinate[block, i] = ZERO
+    for k in range(len(widths)):
+        level, inverse_width = levels[k], widths[k]
+        for i in range(size):
+            ramp = (weights[block, i] * inverse - level) * inverse_width
+            ramp = ramp if ramp > ZERO else ZERO
+            coordinate[block, i] += ramp if ramp < ONE else ONE
+
+
+@kernel
+def place_searched(weights, size, scales, offsets, with_offset, levels, widths, coordinate, frozen):
+    """Places on scales that a search has found.
+
+    Args:
+        weights: float32 ``[num_sub_blocks, size]``.
+        size: Weights a sub-block.
+        scales: float32, one a sub-block.
+        offsets: float32, one a sub-block.
+        with_offset: True where both ends of a sub-block hold its scale.
+        levels: float32, the levels of the type.
+        widths: float32, one over the distance of neighbouring levels where they are uneven; otherwise empty.
+        coordinate: float32 like ``weights``, the outcome.
+        frozen: Bool like ``weights``, the outcome.
+    """
+    top = np.float32(len(levels) - 1)
+    for block in range(len(scales)):
+        scale = scales[block]
+        if len(widths):
+            _place_on_ramps(weights, block, size, scale, levels, widths, coordinate)
+        else:
+            _place_evenly(weights, block, size, scale, offsets[block], levels[0], ZERO, top, coordinate)
+        for i in range(size):
+            frozen[block, i] = scale == ZERO
+        if with_offset:
+            low, high = ends(weights, block, size)
+            first_low, first_high = size, size
+            for i in range(size - 1, -1, -1):
+                first_low = i if weights[block, i] == low else first_low
+                first_high = i if weights[block, i] == high else first_high
+            frozen[block, first_low] = True
+            frozen[block, first_high] = True
+        else:
+            frozen[block, _first_largest(weights, block, size)] = True
+
+
+@kernel
+def _formula(weights, block, size, lowest_level, top, with_offset):
+    """Divisor and base of one block of a type with a formula."""
+    if with_offset:
+        low, high = ends(weights, block, size)
+        return (high - low) / top, low
+    largest = weights[block, _first_largest(weights, block, size)]
+    return abs(largest) / np.float32(127) if top == np.float32(255) else largest / lowest_level, ZERO
+
+
+@kernel
+def _encode(weights, block, size, divisor, base, top, with_offset, codes):
+    inverse = ONE / divisor if divisor != ZERO else ZERO
+    middle = np.float32(0.5) if with_offset else np.float32((top + ONE) / np.float32(2) + np.float32(0.5))
+    if top == np.float32(255):
+        for i in range(size):
+            scaled = weights[block, i] * inverse
+            # Halves away from zero, as roundf does.
+            distance = abs(scaled)
+            whole = np.float32(np.int32(distance))
+            whole = whole + ONE if distance - whole >= np.float32(0.5) else whole
+            codes[block, i] = np.int32(-whole if scaled < ZERO else whole) + np.int32(128)
+    else:
+        for i in range(size):
+            value = (weights[block, i] - base) * inverse + middle
+            codes[block, i] = np.int32(value if value < top else top)
+
+
+@kernel
+def encode_by_formula(weights, size, lowest_level, top, with_offset, codes, scales, offsets):
+    """What a type with a formula stores: codes, and scales and offsets as float16 keeps them."""
+    for block in range(len(scales)):
+        divisor, base = _formula(weights, block, size, lowest_level, top, with_offset)
+        _encode(weights, block, size, divisor, base, top, with_offset, codes)
+        scales[block] = to_half(divisor)
+        offsets[block] = to_half(base)
+
+
+@kernel
+def place_by_formula(
+    weights, size, lowest_level, lowest, top, with_offset, codes, scales, offsets, divisors, bases, coordinate, frozen
+):
+    """Codes and places of weights on a type with a formula; see :func:`place_searched`."""
+    for block in range(len(scales)):
+        divisor, base = _formula(weights, block, size, lowest_level, top, with_offset)
+        scale, offset = to_half(divisor), to_half(base)
+        scales[block], offsets[block], divisors[block], bases[block] = scale, offset, divisor, base
+        _encode(weights, block, size, divisor, base, top, with_offset, codes)
+        _place_evenly(weights, block, size, scale, offset, lowest_level, lowest, top, coordinate)
+        low, high = ends(weights, block, size)
+        if not with_offset:
+            high = high if high > -low else -low
+            low = -high
+        for i in range(size):
+            value = weights[block, i]
+            frozen[block, i] = (scale == ZERO) | (value == low) | (value == high)

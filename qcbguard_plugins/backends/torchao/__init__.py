@@ -1,0 +1,1 @@
+"""torchao weight-only quantization, and guarded loading of it through transformers."""
