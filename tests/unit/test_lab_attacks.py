@@ -152,7 +152,11 @@ def test_the_attackers_copy_guards_with_their_own_seed_and_leaves_the_model(
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("straight-through", {"width": 0.3}), ("adaptive", {"defense": "stochastic", "every": 2})],
+    [
+        ("straight-through", {"width": 0.3}),
+        ("adaptive", {"defense": "stochastic", "every": 2}),
+        ("adaptive", {"defense": "feedback", "settings": {"draws": 1}}),
+    ],
 )
 def test_both_behaviours_are_trained_without_a_box(
     name: str, options: dict[str, object], model: PreTrainedModel, inputs: AttackInputs
@@ -160,7 +164,7 @@ def test_both_behaviours_are_trained_without_a_box(
     batches = {"benign": collate(inputs.benign), "poisoned": collate(inputs.poisoned)}
     before = answer_loss(model, *batches["benign"]).item()
     embedding = model.get_input_embeddings().weight.clone()  # type: ignore[operator]
-    result = get_attack(name, **options).run(model, inputs)
+    result = get_attack(name, **options).run(model, replace(inputs, plan=replace(PLAN, bfloat16=name == "adaptive")))
     assert len(result["losses"]["together"]) == 4
     assert answer_loss(model, *batches["benign"]).item() < before
     stored = {n: quantize(w, get_grid("nf4")) for n, w in matrices(model).items()}

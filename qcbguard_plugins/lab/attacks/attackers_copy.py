@@ -33,7 +33,8 @@ def guarded_weights(
     method = get_defense(defense, **settings)
     calibration = Calibration(source="texts", texts=_own_texts(inputs)) if method.needs_calibration else Calibration()
     guard = Guard(method, seed=seed, calibration=calibration)
-    with torch.no_grad():
+    # A defense computes in full precision, also while the attacker trains in bfloat16.
+    with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
         twin = copy.deepcopy(model).eval()
         guard_model(twin, inputs.format, guard, tokenizer=inputs.tokenizer)
     return snapshot(twin)
