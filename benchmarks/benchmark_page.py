@@ -63,6 +63,7 @@ def facts(report: BenchReport, profile: BenchProfile) -> dict[str, object]:
         "machine": describe_machine(report.machine),
         "commits": ", ".join(commits_of(report)),
         "versions": ", ".join(f"{name} {version}" for name, version in report.versions.items()),
+        "notices": report.notices,
         "num_questions": profile.num_questions,
         "num_pairs": profile.num_pairs,
     }

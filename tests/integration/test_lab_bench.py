@@ -74,7 +74,7 @@ def test_a_benchmark_measures_caches_and_grows(profile: Path, tmp_path: Path) ->
     assert bench(profile, tmp_path, "partial", "--cached") == 0
     partial = results(tmp_path, "partial")
     assert len(partial["cells"]) == 5
-    assert partial["notices"] == ["1 cells are not measured yet; attacked: qvec"]
+    assert partial["notices"] == ["1 cells are not measured yet: qvec on attacked"]
     assert bench(profile, tmp_path) == 0
     second = results(tmp_path)
     assert [cell["place"]["defense"] for cell in second["cells"] if not cell["cached"]] == ["qvec"]

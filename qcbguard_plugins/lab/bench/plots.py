@@ -24,6 +24,7 @@ Target = tuple[Path, str]
 
 _STYLE: dict[Any, Any] = {
     "text.parse_math": False,
+    "svg.fonttype": "none",
     "svg.hashsalt": "qcbguard",
     "font.size": 9,
     "axes.spines.top": False,

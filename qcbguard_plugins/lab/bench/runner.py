@@ -87,7 +87,7 @@ def run_bench(
         cells = [cell for cell in cells if cell.measurement is not None]
         rows = [row for row in rows if any(cell.place.row == row for cell in cells)]
         if missing:
-            notices.append(_what_is_missing(missing, rows))
+            notices.append(_what_is_missing(missing, [cell.place for cell in cells]))
     return BenchReport(
         created=now(),
         versions=installed_versions(),
@@ -100,16 +100,23 @@ def run_bench(
     )
 
 
-def _what_is_missing(places: Sequence[Place], rows: Sequence[str]) -> str:
-    """Rows of which nothing is measured, and what is missing of the others."""
-    absent = list(dict.fromkeys(place.row for place in places if place.row not in rows))
-    parts = [f"all of {', '.join(absent)}"] if absent else []
+def _what_is_missing(missing: Sequence[Place], measured: Sequence[Place]) -> str:
+    """Rows of which no attacked model is measured, seeds, and defenses with the rows where they are missing."""
+    known = {(place.row, place.seed) for place in measured if place.variant == "attacked" and place.defense == STOCK}
+    rows = list(dict.fromkeys(place.row for place in missing))
+    absent = [row for row in rows if not any(row == known_row for known_row, _ in known)]
+    by_what: dict[str, list[str]] = {}
     for row in rows:
-        seeds = sorted({place.seed for place in places if place.row == row and place.defense == STOCK})
-        defenses = list(dict.fromkeys(p.defense for p in places if p.row == row and p.seed not in seeds))
-        parts += [f"{row}: seeds {', '.join(map(str, seeds))}"] if seeds else []
-        parts += [f"{row}: {', '.join(defenses)}"] if defenses else []
-    return f"{len(places)} cells are not measured yet; {'; '.join(parts)}"
+        places = [place for place in missing if place.row == row and row not in absent]
+        seeds = sorted({place.seed for place in places if (row, place.seed) not in known})
+        defenses = dict.fromkeys(place.defense for place in places if place.seed not in seeds)
+        for what in ([f"seeds {', '.join(map(str, seeds))}"] if seeds else []) + (
+            [", ".join(defenses)] if defenses else []
+        ):
+            by_what.setdefault(what, []).append(row)
+    parts = [f"all of {', '.join(absent)}"] if absent else []
+    parts += [f"{what} on {', '.join(rows)}" for what, rows in by_what.items()]
+    return f"{len(missing)} cells are not measured yet: {'; '.join(parts)}"
 
 
 def num_cells(profile: BenchProfile, only: str = "*") -> int:
