@@ -103,7 +103,8 @@ def main() -> None:
     report, profile = load(folders["full"])
     lines = summarize(report.cells)
     places = places_of(lines, profile)
-    defenses = [entry.name for entry in profile.defenses]
+    measured = {line.defense for line in lines}
+    defenses = [entry.name for entry in profile.defenses if entry.name in measured]
     present = {name: folder for name, folder in folders.items() if folder.is_dir()}
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE), undefined=jinja2.StrictUndefined, trim_blocks=True, autoescape=False
