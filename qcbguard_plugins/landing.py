@@ -187,7 +187,7 @@ class _Job:
         counts = map_over_threads(ask, runs)
         pending = (units.landed < self.unit).nonzero().squeeze(1)
         if self.grid.searched and len(pending):
-            parts = torch.tensor_split(pending, torch.get_num_threads())
+            parts = torch.tensor_split(pending, min(torch.get_num_threads(), len(pending)))
             map_over_threads(lambda part: self._settle(units, part), parts)
         return map_over_threads(count, list(zip(runs, counts, strict=True)))
 
