@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from qcbguard_plugins.defenses.base import Defense, Evidence, register_defense
+from qcbguard_plugins.defenses.base import Defense, Evidence, register_defense, round_up_where
 from qcbguard_plugins.grids.base import Lattice
 
 
@@ -24,6 +23,5 @@ class Stochastic(Defense):
     """
 
     def choose(self, lattice: Lattice, evidence: Evidence) -> Tensor:
-        # The lower neighbour where the position is below the draw, the upper one elsewhere.
-        coordinate = lattice.coordinate
-        return (coordinate - evidence.uniform(coordinate)).ceil_().to(torch.uint8)
+        position = lattice.position
+        return round_up_where(lattice, position > evidence.uniform(position))

@@ -263,3 +263,17 @@ def test_a_defense_is_plain_data(defense: Defense) -> None:
     assert get_defense(defense.name, **described) == defense
     with pytest.raises(dataclasses.FrozenInstanceError):
         defense.width = 0.1  # type: ignore[attr-defined]
+
+
+def test_a_grid_point_stays_whatever_is_drawn() -> None:
+    """The largest draw below one, taken off a coordinate of 128, is 127 in float32."""
+
+    class LargestDraw(np.random.Generator):
+        def random(self, size: object = None, dtype: object = None, out: object = None) -> np.ndarray:
+            return np.full(size, 1 - 2.0**-24, dtype=np.float32)
+
+    weight = torch.zeros(2, 32)
+    weight[:, 0] = 0.027
+    lattice = get_grid("gptq-w8g32").lattice_of(weight)
+    codes = Stochastic().choose(lattice, Evidence(LargestDraw(np.random.PCG64(0))))
+    assert torch.equal(codes[:, 1:], torch.full((2, 31), 128, dtype=torch.uint8))
