@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from qcbguard_plugins.defenses.base import Defense, Evidence, rng_for
+from qcbguard_plugins.draws import key_for
 from qcbguard_plugins.errors import UnguardableError
 from qcbguard_plugins.grids.base import Lattice, cut_blocks
 from qcbguard_plugins.grids.ggml import GgmlGrid, SearchedGrid
@@ -79,13 +80,14 @@ def guard_on_ggml(
             remedy="llama.cpp stores such a tensor in another type; guard it on that one.",
         )
     settled: dict[str, float | str] = {}
-    job = _Job(weight, grid, name)
+    job, key = _Job(weight, grid, name), key_for(seed, name)
 
     def choose(run: slice) -> tuple[Lattice, Tensor]:
-        return _choose(weight[run], grid, defense, Evidence(rng_for(seed, f"{name}:{run.start}")), name)
+        evidence = Evidence(rng_for(seed, f"{name}:{run.start}"), key=key, first=run.start * columns)
+        return _choose(weight[run], grid, defense, evidence, name)
 
     if defense.needs_calibration:
-        evidence = Evidence(rng_for(seed, name), hessian, attack_seen, up, settled)
+        evidence = Evidence(rng_for(seed, name), hessian, attack_seen, up, settled, key)
         whole, chosen = _choose(weight, grid, defense, evidence, name)
         per_row = columns // chosen.shape[1]
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from qcbguard_plugins.defenses.base import Defense, Evidence, rng_for
+from qcbguard_plugins.draws import key_for
 from qcbguard_plugins.errors import UnguardableError
 from qcbguard_plugins.grids.base import Grid, Lattice, cut_blocks
 from qcbguard_plugins.grids.ggml import GgmlGrid
@@ -115,7 +116,7 @@ class _Job:
         overwrite: bool,
     ) -> None:
         self.grid, self.defense, self.seed, self.name, self.hessian = grid, defense, seed, name, hessian
-        self.attack_seen, self.up = attack_seen, up
+        self.attack_seen, self.up, self.key = attack_seen, up, key_for(seed, name)
         self.settled: dict[str, float | str] = {}
         self.shape = (weight.shape[0], weight.shape[1])
         self.numel = weight.numel()
@@ -131,7 +132,7 @@ class _Job:
     def round_segment(self, segment: slice) -> _Tally:
         """Round one segment into ``guarded`` and ``codes``."""
         rng = rng_for(self.seed, f"{self.name}:{segment.start}")
-        evidence = Evidence(rng, self.hessian, self.attack_seen, self.up, self.settled)
+        evidence = Evidence(rng, self.hessian, self.attack_seen, self.up, self.settled, key=self.key)
         cached = self.source.device.type == "cpu" and not self.defense.needs_calibration
         size = _WEIGHTS_PER_RUN if cached else self.source.numel()
         return sum((self._round(run, evidence) for run in self._slices(segment.start, segment.stop, size)), _Tally())
@@ -144,6 +145,7 @@ class _Job:
             raise UnguardableError(
                 f"{self.name} cannot be guarded: it holds NaN or infinity as {self.grid.name} reads it"
             )
+        evidence.first = run.start * source.shape[1]
         codes = torch.where(lattice.frozen, lattice.nearest, self.defense.choose(lattice, evidence))
         guarded = torch.where(lattice.frozen, settled, lattice.dequantize(codes).to(source.dtype))
         tally = _tally(lattice, source, guarded, codes, self.numel - run.start * source.shape[1])

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from qcbguard_plugins.backends.gguf.twin import landing, places
-from qcbguard_plugins.backends.gguf.twin.arithmetic import Array
 from qcbguard_plugins.grids.base import Lattice
 from qcbguard_plugins.grids.ggml import WITH_OFFSET, GgmlGrid
 from qcbguard_plugins.grids.ggml_blocks import IQ4_LEVELS, StoredBlocks
+from qcbguard_plugins.kernels.compiler import Array
 
 _EMPTY = np.zeros(0, np.float32)
 
