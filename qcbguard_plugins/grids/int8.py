@@ -17,7 +17,7 @@ _INVERSE_MAX_CODE = 7.874015718698502e-3
 
 # The quantizer reads weights as float16. A bfloat16 grid point lies at least 0.04 steps inside its cell near the top
 # of a row; below this row maximum half a float16 subnormal step would eat that.
-_SMALLEST_ABSMAX = 2.0**-13
+SMALLEST_ABSMAX = 2.0**-13
 
 
 class Int8Grid(Grid):
@@ -38,7 +38,7 @@ class Int8Grid(Grid):
         magnitudes = blocks.abs()
         absmax = magnitudes.amax(dim=1, keepdim=True)
         steps_per_unit = torch.where(absmax > 0, _MAX_CODE / absmax, torch.zeros_like(absmax))
-        holders = (magnitudes == absmax).logical_or_(absmax < _SMALLEST_ABSMAX)
+        holders = (magnitudes == absmax).logical_or_(absmax < SMALLEST_ABSMAX)
         coordinate = self.coordinate(blocks * steps_per_unit)
         return Lattice(self, blocks, absmax * _INVERSE_MAX_CODE, coordinate, holders, shape)
 
