@@ -105,7 +105,8 @@ class Lattice:
         values = self.grid.level_values(codes).mul_(self.divisor)
         if self.base is None:
             bound = self.blocks.abs().amax(1, keepdim=True)
-            return values.clamp_(-bound, bound)
+            # Zero is added to make -0.0 of a negative scale 0.0.
+            return values.add_(0.0).clamp_(-bound, bound)
         return values.add_(self.base).clamp_(self.blocks.amin(1, keepdim=True), self.blocks.amax(1, keepdim=True))
 
     def matrix(self, per_weight: Tensor) -> Tensor:

@@ -9,9 +9,12 @@ from torch import Tensor
 pytest.importorskip("numba")
 
 from qcbguard_plugins import rounding
+from qcbguard_plugins.backends.bitsandbytes import judge
+from qcbguard_plugins.backends.bitsandbytes.judge import CheckedCodes
+from qcbguard_plugins.backends.bitsandbytes.stock import stock_codes
 from qcbguard_plugins.defenses import Stochastic
 from qcbguard_plugins.errors import UnguardableError
-from qcbguard_plugins.grids import BLOCK_SIZES, get_grid
+from qcbguard_plugins.grids import BLOCK_SIZES, Grid, get_grid
 from qcbguard_plugins.guarded_weight import GuardedWeight
 from qcbguard_plugins.kernels import bitsandbytes
 from tests.parity.test_bitsandbytes_grids import DTYPES, FORMATS, KINDS, SHAPES, weights_of
@@ -82,3 +85,44 @@ def test_the_twin_stores_what_the_grid_says(name: str, dtype: torch.dtype, kind:
 def test_the_twin_knows_every_block_size(name: str, block_size: int) -> None:
     weight, grid = weights_of("random", (40, 130)), get_grid(f"{name}-b{block_size}")
     assert torch.equal(bitsandbytes.quantize(weight, grid), grid.quantize(weight))
+
+
+class TestJudge:
+    @pytest.mark.parametrize("shape", SHAPES)
+    @pytest.mark.parametrize("name", FORMATS)
+    def test_it_says_what_bitsandbytes_stores(self, name: str, shape: tuple[int, int]) -> None:
+        checked, weight = CheckedCodes(), weights_of("random", shape)
+        assert torch.equal(checked(weight, get_grid(name)), stock_codes(weight, name))
+        assert not checked.differing
+
+    @pytest.mark.parametrize("name", FORMATS)
+    def test_a_twin_that_differs_is_found_out_and_no_longer_asked(
+        self, name: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        weight, grid, calls = weights_of("random", (64, 256)), get_grid(name), []
+
+        def wrong(weight: Tensor, grid: Grid) -> Tensor:
+            calls.append(grid.name)
+            return grid.quantize(weight) ^ 1
+
+        monkeypatch.setattr(bitsandbytes, "quantize", wrong)
+        checked = CheckedCodes()
+        for _ in range(2):
+            assert torch.equal(checked(weight, grid), stock_codes(weight, name))
+        assert calls == [name]
+        assert f"not used, because it differs: {name}" in checked.describe()
+
+    def test_a_difference_in_the_short_last_block_is_always_found(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        weight, grid = weights_of("random", (1, 64 * 200 + 7)), get_grid("nf4")
+        codes = grid.quantize(weight)
+        codes[0, -1] ^= 1
+        monkeypatch.setattr(bitsandbytes, "quantize", lambda weight, grid: codes)
+        checked = CheckedCodes()
+        assert torch.equal(checked(weight, grid), stock_codes(weight, "nf4"))
+        assert checked.differing == {"nf4"}
+
+    def test_without_numba_bitsandbytes_answers(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(judge, "load_kernels", lambda: None)
+        checked, weight = CheckedCodes(), weights_of("random", (33, 97))
+        assert torch.equal(checked(weight, get_grid("nf4")), stock_codes(weight, "nf4"))
+        assert checked.describe() == "none: numba is not installed"
