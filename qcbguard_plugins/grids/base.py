@@ -119,6 +119,21 @@ class Lattice:
         return cut_blocks(matrix, self.blocks.shape[1])
 
 
+@dataclass(frozen=True)
+class Ladder:
+    """How a grid turns values in units of the scale into coordinates, in numbers.
+
+    Attributes:
+        inverse_widths: float32 ``[num_levels - 1]``, one over the width of each cell; ``None`` where all are 1.
+        shift: What is taken off a value on even levels.
+        lowest: The lowest coordinate there.
+    """
+
+    inverse_widths: Tensor | None = None
+    shift: float = 0.0
+    lowest: float = 0.0
+
+
 class Grid(ABC):
     """One format of one stock quantizer.
 
@@ -174,6 +189,11 @@ class Grid(ABC):
     @abstractmethod
     def coordinate(self, scaled: Tensor) -> Tensor:
         """Map values in units of the scale to the list of levels; values outside it map to its ends."""
+
+    @property
+    @abstractmethod
+    def ladder(self) -> Ladder:
+        """:meth:`coordinate` for a compiled kernel."""
 
     @abstractmethod
     def quantize(self, weight: Tensor) -> Tensor:

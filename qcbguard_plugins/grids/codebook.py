@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qcbguard_plugins.errors import UsageError
-from qcbguard_plugins.grids.base import Grid, Lattice, ramp_coordinate
+from qcbguard_plugins.grids.base import Grid, Ladder, Lattice, ramp_coordinate
 
 # The values of bitsandbytes' tables, as float32. FP4 has two codes for zero; a level is a value, so it appears once.
 _NF4_LEVELS = (
@@ -97,6 +97,10 @@ class CodebookGrid(Grid):
 
     def coordinate(self, scaled: Tensor) -> Tensor:
         return ramp_coordinate(scaled, self._segments)
+
+    @property
+    def ladder(self) -> Ladder:
+        return Ladder(self.inverse_widths)
 
     def resolve_ties(self, blocks: Tensor, columns: Tensor) -> Tensor:
         scaled = blocks * blocks.abs().amax(dim=1, keepdim=True).clamp(min=_SMALLEST_DIVISOR).reciprocal()

@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from qcbguard_plugins.grids.base import Grid, Lattice, cut_blocks, ramp_coordinate
+from qcbguard_plugins.grids.base import Grid, Ladder, Lattice, cut_blocks, ramp_coordinate
 from qcbguard_plugins.grids.ggml_blocks import IQ4_LEVELS, BlockType, StoredBlocks
 
 # Types whose sub-blocks have an offset of their own: both ends of a sub-block hold its scale.
@@ -134,6 +134,12 @@ class GgmlGrid(Grid):
         if self.block_type.levels == IQ4_LEVELS:
             return ramp_coordinate(scaled, self._segments)
         return (scaled - self.levels[0].item()).clamp_(self.lowest_code, self.num_levels - 1)
+
+    @property
+    def ladder(self) -> Ladder:
+        if self.block_type.levels == IQ4_LEVELS:
+            return Ladder(1.0 / self.levels.diff())
+        return Ladder(shift=self.levels[0].item(), lowest=self.lowest_code)
 
     @abstractmethod
     def stored(self, weight: Tensor) -> StoredBlocks:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qcbguard_plugins.grids.base import Grid, Lattice
+from qcbguard_plugins.grids.base import Grid, Ladder, Lattice
 
 _MAX_CODE = 127
 # bitsandbytes dequantizes with this float32 constant and not with a division.
@@ -44,6 +44,10 @@ class Int8Grid(Grid):
 
     def coordinate(self, scaled: Tensor) -> Tensor:
         return (scaled + _MAX_CODE).clamp_(0, 2 * _MAX_CODE)
+
+    @property
+    def ladder(self) -> Ladder:
+        return Ladder(shift=-_MAX_CODE)
 
     def resolve_ties(self, blocks: Tensor, columns: Tensor) -> Tensor:
         scaled = blocks * (_MAX_CODE / blocks.abs().amax(dim=1, keepdim=True))
