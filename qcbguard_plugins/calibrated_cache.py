@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from platformdirs import user_cache_path
+from pydantic import Field, TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -24,11 +25,19 @@ from qcbguard_plugins.errors import CheckpointError, TargetExistsError, Unguarda
 from qcbguard_plugins.grids import Grid
 from qcbguard_plugins.guard import Guard
 from qcbguard_plugins.model import Layer, guard_layers, record_of
-from qcbguard_plugins.report.model import TensorRecord, installed_versions
+from qcbguard_plugins.report.model import Record, TensorRecord, installed_versions
 
 _WEIGHTS_FILE = "guarded.safetensors"
 _RECORD_FILE = "guarded.json"
 _DIGESTS_FILE = "file-digests.json"
+_MEMO = TypeAdapter(dict[str, str])
+
+
+class _Kept(Record):
+    """The record of a cache entry: the seed, and the plan for each tensor."""
+
+    seed: int = Field(ge=0)
+    tensors: tuple[TensorRecord, ...]
 
 
 @dataclass(frozen=True)
@@ -120,8 +129,9 @@ def _fill(
         records.append(record_of(guarded, name=f"{name}.weight", transposed=layers[name].transposed))
     weights = {record.name: model.get_parameter(record.name).data.contiguous() for record in records}
     save_file(weights, folder / _WEIGHTS_FILE)
-    content = {"seed": guard.seed, "tensors": [record.model_dump() for record in records]}
-    (folder / _RECORD_FILE).write_text(json.dumps(content), encoding="utf-8")
+    assert guard.seed is not None, "the seed is drawn once a run"
+    kept = _Kept(seed=guard.seed, tensors=tuple(records))
+    (folder / _RECORD_FILE).write_text(kept.model_dump_json(), encoding="utf-8")
 
 
 def _load_full_precision(skeleton: Any, files: Sequence[Path], dtype: torch.dtype | None) -> Any:
@@ -138,10 +148,9 @@ def _load_full_precision(skeleton: Any, files: Sequence[Path], dtype: torch.dtyp
 
 def _open(folder: Path, guard: Guard) -> CalibratedWeights:
     try:
-        content = json.loads((folder / _RECORD_FILE).read_text(encoding="utf-8"))
-        records = [TensorRecord.model_validate(record) for record in content["tensors"]]
-        return CalibratedWeights(folder, replace(guard, seed=content["seed"]), {r.name: r for r in records})
-    except (OSError, ValueError, KeyError) as error:
+        kept = _Kept.model_validate_json((folder / _RECORD_FILE).read_bytes())
+        return CalibratedWeights(folder, replace(guard, seed=kept.seed), {r.name: r for r in kept.tensors})
+    except (OSError, ValueError) as error:
         raise CheckpointError(
             f"the cache {folder} cannot be read: {error}", remedy="Delete that folder and load again."
         ) from error
@@ -151,8 +160,8 @@ def _digests(files: Sequence[Path], cache_dir: Path) -> dict[Path, str]:
     """SHA-256 of each file; one whose path, size, time and inode are known is not read again."""
     memo_path = cache_dir / _DIGESTS_FILE
     memo: dict[str, str] = {}
-    with contextlib.suppress(OSError, ValueError):
-        memo = dict(json.loads(memo_path.read_text(encoding="utf-8")))
+    with contextlib.suppress(OSError, ValueError):  # what cannot be read is made again
+        memo = _MEMO.validate_json(memo_path.read_bytes())
     digests, fresh = {}, {}
     for file in files:
         stat = file.resolve().stat()

@@ -64,11 +64,15 @@ class Workspace:
         self._journal_path = partial / f"journal-{rank}.jsonl"
 
     def remember(self, name: str, make: Callable[[], Any]) -> Any:
-        """A JSON value that a run makes up once and keeps when it is resumed, such as a seed."""
+        """A JSON value that a run makes up once and keeps when it is resumed, such as a seed.
+
+        Raises:
+            CheckpointError: What was kept is damaged.
+        """
         path = self._partial / f"{name}.json"
         if not path.exists():
             _write_whole(path, json.dumps(make()))
-        return json.loads(path.read_text(encoding="utf-8"))
+        return _read_kept(path)
 
     def copy_rest(self, shards: Sequence[str], replaced: Sequence[TensorEntry]) -> None:
         """Copy all bytes of some shards but those of the tensors that will be replaced."""
@@ -213,7 +217,9 @@ def _compare_request(partial: Path, request: Mapping[str, Any]) -> None:
     if not path.exists():
         _write_whole(path, json.dumps(request, indent=1))
         return
-    kept = json.loads(path.read_text(encoding="utf-8"))
+    kept = _read_kept(path)
+    if not isinstance(kept, dict):
+        raise _damaged(path)
     differing = sorted(name for name in kept.keys() | request.keys() if kept.get(name) != request.get(name))
     if differing:
         raise UsageError(
@@ -221,6 +227,19 @@ def _compare_request(partial: Path, request: Mapping[str, Any]) -> None:
             details=[f"{name}  then {kept.get(name)}, now {request.get(name)}" for name in differing],
             remedy=f"Ask for the same to go on with it, or delete {partial} to begin anew.",
         )
+
+
+def _read_kept(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path) from error
+
+
+def _damaged(path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is damaged, so the interrupted run cannot be resumed", remedy=f"Delete {path.parent} to begin anew."
+    )
 
 
 def _state_of(checkpoint: Checkpoint) -> dict[str, list[int]]:
