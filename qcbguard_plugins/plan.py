@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qcbguard_plugins.checkpoint import Checkpoint, TensorEntry, open_checkpoint
-from qcbguard_plugins.errors import UnguardableError, UsageError
+from qcbguard_plugins.errors import CheckpointError, UnguardableError, UsageError
 from qcbguard_plugins.grids import Grid, IntegerGrid, get_grid
 from qcbguard_plugins.rounding import DTYPES
 
@@ -127,6 +127,7 @@ def make_plan(source: Path | str, format: str, *, ignore: Sequence[str] = (), gg
     formats = _split_formats(format)
     checkpoint = open_checkpoint(source)
     config = load_config(checkpoint.path)
+    _require_stored_layers(config, checkpoint)
     skeleton = build_skeleton(config)
     keys = parameter_keys(skeleton, checkpoint.tensors)
     layers = _read_tensors(formats, config, checkpoint, keys, gguf)
@@ -151,6 +152,20 @@ def make_plan(source: Path | str, format: str, *, ignore: Sequence[str] = (), gg
             remedy="Leave them out with --ignore; they will be listed as unguarded and the run will exit 3.",
         )
     return Plan(checkpoint, formats, tuple(targets), tuple(sorted(ignored)), layers.gguf)
+
+
+def _require_stored_layers(config: Any, checkpoint: Checkpoint) -> None:
+    """Refuse a configuration of more layers than there are tensors: a model without weights takes memory too.
+
+    Raises:
+        CheckpointError: It describes another model.
+    """
+    num_layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    if isinstance(num_layers, int) and num_layers > len(checkpoint.tensors):
+        raise CheckpointError(
+            f"config.json describes {num_layers} layers, and the checkpoint holds {len(checkpoint.tensors)} tensors",
+            remedy="The configuration and the weights are not of one model.",
+        )
 
 
 def _split_formats(format: str) -> tuple[str, ...]:

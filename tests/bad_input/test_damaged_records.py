@@ -10,6 +10,7 @@ import torch
 
 from qcbguard_plugins import Guard, Stochastic, guard_checkpoint, verify_checkpoint
 from qcbguard_plugins.backends.gguf.imatrix import read_imatrix
+from qcbguard_plugins.backends.gptq.verify import _PackedFolder
 from qcbguard_plugins.calibrated_cache import _digests, _open
 from qcbguard_plugins.calibration import Calibration
 from qcbguard_plugins.checkpoint import hash_file, partial_of
@@ -63,6 +64,20 @@ def test_a_configuration_that_breaks_in_the_model(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"config\.json"):
         make_plan(folder, "nf4")
+
+
+def test_a_configuration_of_more_layers_than_there_are_tensors(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 10**9}))
+    with pytest.raises(CheckpointError, match="1000000000 layers"):
+        make_plan(folder, "nf4")
+
+
+def test_a_group_size_without_end(tmp_path: Path) -> None:
+    settings = {"quant_method": "gptq", "bits": 4, "group_size": float("inf")}
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": settings}))
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        _PackedFolder(tmp_path)
 
 
 def test_half_a_character(tmp_path: Path) -> None:
