@@ -91,22 +91,6 @@ class Plan:
     def num_weights(self) -> int:
         return sum(target.num_weights for target in self.targets)
 
-    def peak_bytes(self, *, calibrated: bool) -> int:
-        """An estimate of the memory that guarding takes beyond the program's own.
-
-        One weight costs its two stored forms, its float32 form and its code; a calibrated run holds the model besides,
-        and for one layer the Hessian, its float64 factors and the working matrices.
-        """
-        if not self.targets:
-            return 0
-        largest = max(self.targets, key=lambda target: target.num_weights)
-        tensor = largest.num_weights * (2 * largest.dtype.itemsize + 5)
-        if not calibrated:
-            return tensor
-        model = sum(entry.num_bytes for entry in self.checkpoint.tensors.values())
-        widest = max(target.shape[1] for target in self.targets)
-        return model + tensor + largest.num_weights * 16 + widest**2 * 32
-
 
 def make_plan(source: Path | str, format: str, *, ignore: Sequence[str] = (), gguf: GgufOptions | None = None) -> Plan:
     """List every tensor that the stock quantizers will read, and how each will be guarded.
