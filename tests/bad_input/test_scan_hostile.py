@@ -141,7 +141,7 @@ def test_any_damage_to_a_file_is_an_error_or_a_report(tmp_path: Path, data: st.D
     assert report.num_targets >= 1
 
 
-@pytest.mark.parametrize("name", GGUF_CASES)
+@pytest.mark.parametrize("name", sorted(GGUF_CASES.keys() - {"quantized-already", "no-architecture"}))
 def test_a_malformed_gguf_file_is_refused_at_once(name: str, tmp_path: Path) -> None:
     """Counts are compared with the size of the file before anything is read by them."""
     content, reason = GGUF_CASES[name]
