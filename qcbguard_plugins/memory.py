@@ -15,7 +15,10 @@ from qcbguard_plugins.errors import MemoryBudgetError
 from qcbguard_plugins.grids.ggml import GgmlGrid
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from qcbguard_plugins.checkpoint import TensorEntry
+    from qcbguard_plugins.checkpoint.gguf_reader import GgufTensor
     from qcbguard_plugins.guard import Guard
     from qcbguard_plugins.plan import Plan, Target
 
@@ -76,6 +79,28 @@ def plan_memory(plan: Plan, guard: Guard, budget_bytes: int | None = None) -> Me
     streamed = working + (outside + block) * itemsize
     _require(streamed, budget, "the largest block and its Hessians must be in memory at once", budget_bytes)
     return MemoryPlan(streamed, streamed=True)
+
+
+def require_room_for_gguf(targets: Sequence[GgufTensor], budget_bytes: int | None = None) -> int:
+    """Check that the largest tensor of a GGUF file can be guarded within a budget.
+
+    Args:
+        targets: The tensors to guard.
+        budget_bytes: What the process may hold; by default what the machine has left.
+
+    Returns:
+        The peak of its resident memory, in bytes.
+
+    Raises:
+        MemoryBudgetError: It cannot.
+    """
+    largest = max(targets, key=lambda tensor: tensor.num_weights)
+    matrix = largest.shape[-1] * largest.shape[-2]
+    # Stacked experts are worked on one by one, and their outcomes wait for the last.
+    peak = resident_bytes() + _SLACK_BYTES + 2 * largest.num_bytes + round(_LANDED * matrix)
+    budget = available_bytes() if budget_bytes is None else budget_bytes
+    _require(peak, budget, f"{largest.name} of {largest.num_weights} weights is guarded in one piece", budget_bytes)
+    return peak
 
 
 def model_dtype(plan: Plan) -> torch.dtype:

@@ -22,6 +22,7 @@ from qcbguard_plugins.errors import UsageError
 from qcbguard_plugins.grids.ggml_blocks import BLOCK_TYPES
 from qcbguard_plugins.guard import Guard, as_guard
 from qcbguard_plugins.guarded_weight import GuardedWeight
+from qcbguard_plugins.memory import require_room_for_gguf
 from qcbguard_plugins.model import Progress, record_of
 from qcbguard_plugins.report.model import GuardReport, TensorRecord, installed_versions, now
 from qcbguard_plugins.rounding import guard_weight
@@ -62,7 +63,12 @@ def guard_gguf(
 
 
 def guard_planned_gguf(
-    plan: GgufPlan, dst: Path | str, guard: Guard, *, progress: Progress | None = None
+    plan: GgufPlan,
+    dst: Path | str,
+    guard: Guard,
+    *,
+    progress: Progress | None = None,
+    budget_bytes: int | None = None,
 ) -> GuardReport:
     """Guard a GGUF file as planned.
 
@@ -75,15 +81,17 @@ def guard_planned_gguf(
         dst: File to make; it must not exist.
         guard: The method; one that needs no calibration, since a GGUF file is no model that could be run here.
         progress: Called with the number of weights of each tensor when it is done.
+        budget_bytes: What the process may hold in memory; by default what the machine has left.
 
     Returns:
         The report, which the new file carries too.
 
     Raises:
-        UsageError, CheckpointError, TargetExistsError, MissingDependencyError, UnguardableError: As their names say;
-            ``dst`` is not made.
+        UsageError, CheckpointError, TargetExistsError, MissingDependencyError, UnguardableError, MemoryBudgetError: As
+            their names say; ``dst`` is not made.
     """
     require_data_free(guard)
+    require_room_for_gguf(plan.targets, budget_bytes)
     request = {
         "format": f"gguf:{plan.recipe}",
         "types": plan.types,
