@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +22,6 @@ from qcbguard_plugins.checkpoint import (
     resumable_folder,
 )
 from qcbguard_plugins.defenses import Defense
-from qcbguard_plugins.defenses.base import WholeModelDefense
 from qcbguard_plugins.errors import VerificationError
 from qcbguard_plugins.grids import Grid
 from qcbguard_plugins.guard import Guard, as_guard
@@ -232,7 +231,7 @@ def _guard_calibrated(
     tokenizer = load_tokenizer(plan.checkpoint.path)
     guard.calibration.resolve(has_tokenizer=tokenizer is not None)
     dtypes = {target.dtype for target in plan.targets}
-    model = load_full_precision(plan.checkpoint.path, _compute_dtype(dtypes, guard))
+    model = load_full_precision(plan.checkpoint.path, functools.reduce(torch.promote_types, dtypes))
     grids = {target.layer: _ordered_grids(plan, target) for target in plan.targets}
     layers = {
         target.layer: Layer(target.transposed, target.read_dtype, own[0], target.inputs_of, is_shared=len(own) > 1)
@@ -246,16 +245,6 @@ def _guard_calibrated(
         if len(grids[layer]) > 1:
             guarded = require_all_grids(_read(plan.checkpoint, target), guarded, grids[layer], target.name)
         yield _write(plan, target, digest, guarded, workspace)
-
-
-def _compute_dtype(dtypes: Iterable[torch.dtype], guard: Guard) -> torch.dtype:
-    """The widest dtype of the targets, and float32 where a method that trains would find float16.
-
-    Gradients underflow in float16, and processors multiply it several times slower.
-    """
-    dtype = functools.reduce(torch.promote_types, dtypes)
-    trains = isinstance(guard.method, WholeModelDefense)
-    return torch.float32 if trains and dtype == torch.float16 else dtype
 
 
 def _write(plan: Plan, target: Target, digest: str, guarded: GuardedWeight, workspace: Workspace) -> TensorRecord:
