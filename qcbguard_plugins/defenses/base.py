@@ -10,16 +10,18 @@ import dataclasses
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from qcbguard_plugins.draws import uniform_draws
 from qcbguard_plugins.errors import CalibrationError, UsageError
 from qcbguard_plugins.grids.base import Lattice
+from qcbguard_plugins.registry import Registry
 
 
 @dataclass
@@ -35,6 +37,8 @@ class Evidence:
         up: Bool ``[out_features, in_features]``, what a whole-model method learned for this weight: true for the upper
             neighbour.
         settled: Where a defense writes down the parameters that it chose by itself, for the report.
+        key: Key of the draws that belong to a place in the weight, see :mod:`qcbguard_plugins.draws`.
+        first: Place in the weight of the first one that the defense is handed.
     """
 
     rng: np.random.Generator
@@ -42,6 +46,17 @@ class Evidence:
     attack_seen: bool = True
     up: Tensor | None = None
     settled: dict[str, float | str] = field(default_factory=dict)
+    key: int | None = None
+    first: int = 0
+
+    def draws(self, like: Tensor) -> Tensor:
+        """float32 draws in [0, 1) in the shape and on the device of ``like``, one for each place in the weight.
+
+        The same for a place wherever a weight is cut, and on every device.
+        """
+        if self.key is None:
+            raise ValueError("this evidence has no key to draw with")
+        return uniform_draws(self.key, self.first, like.numel(), like.device).view(like.shape)
 
     def uniform(self, like: Tensor) -> Tensor:
         """float32 draws in [0, 1) in the shape and on the device of ``like``; the same on every device."""
@@ -152,45 +167,8 @@ class WholeModelDefense(Defense):
         return round_up_where(lattice, lattice.from_matrix(evidence.up))
 
 
-_REGISTRY: dict[str, type[Defense]] = {}
-_D = TypeVar("_D", bound=type[Defense])
-
-
-def register_defense(name: str, summary: str) -> Callable[[_D], _D]:
-    """Make a defense available by name; a name can be taken once."""
-
-    def register(cls: _D) -> _D:
-        if name in _REGISTRY:
-            raise ValueError(f"defense {name!r} is registered already, by {_REGISTRY[name].__name__}")
-        cls.name, cls.summary = name, summary
-        _REGISTRY[name] = cls
-        return cls
-
-    return register
-
-
-def available_defenses() -> dict[str, type[Defense]]:
-    """All registered defenses by name."""
-    return dict(_REGISTRY)
-
-
-def get_defense(name: str, **parameters: Any) -> Defense:
-    """Build a defense by name.
-
-    Raises:
-        UsageError: The name or a parameter is unknown, or a value is out of range.
-    """
-    if name not in _REGISTRY:
-        raise UsageError(f"unknown method {name!r}", remedy=f"Methods: {', '.join(sorted(_REGISTRY))}.")
-    cls = _REGISTRY[name]
-    known = {f.name for f in dataclasses.fields(cls)}
-    unknown = sorted(set(parameters) - known)
-    if unknown:
-        raise UsageError(
-            f"method {name!r} has no parameter {', '.join(unknown)}",
-            remedy=f"Its parameters: {', '.join(sorted(known)) or 'none'}.",
-        )
-    return cls(**parameters)
+_REGISTRY: Registry[Defense] = Registry("method", "parameter")
+register_defense, available_defenses, get_defense = _REGISTRY.register, _REGISTRY.available, _REGISTRY.build
 
 
 def hessian_operations(columns: int, num_tokens: int) -> float:
