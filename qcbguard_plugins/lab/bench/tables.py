@@ -180,7 +180,8 @@ def _ratio_of_kl(pairs: Sequence[tuple[Line, Line | None]]) -> str:
 
 def _title(name: str, num_measured: int, num_places: int) -> str:
     title = "(no defense)" if name == STOCK else name
-    return title if num_measured == num_places else f"{title} ({num_measured} models)"
+    models = "1 model" if num_measured == 1 else f"{num_measured} models"
+    return title if num_measured == num_places else f"{title} ({models})"
 
 
 def _mean(values: Sequence[float]) -> float:
