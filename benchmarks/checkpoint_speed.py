@@ -3,8 +3,8 @@
     python -m benchmarks.checkpoint_speed --gigabytes 2 --json checkpoint_speed.json
 
 Every job runs in processes of its own, each with one thread unless the table says otherwise. The source is read once
-before, so that all find it in the page cache alike; every job flushes what it wrote to the disk. The kernels are compiled
-before, as they are on every machine once.
+before, so that all find it in the page cache alike; every job flushes what it wrote to the disk. The kernels are
+compiled before, as they are on every machine once.
 """
 
 from __future__ import annotations
