@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import shutil
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -27,6 +26,8 @@ from qcbguard_plugins.defenses import Defense
 from qcbguard_plugins.grids import Grid
 from qcbguard_plugins.guard import Guard, as_guard
 from qcbguard_plugins.guarded_weight import GuardedWeight
+from qcbguard_plugins.hessians import Weights, WeightsInMemory
+from qcbguard_plugins.memory import model_dtype, plan_memory
 from qcbguard_plugins.model import Layer, Progress, guard_layers, record_of
 from qcbguard_plugins.plan import Plan, Target, make_plan
 from qcbguard_plugins.report.model import (
@@ -89,7 +90,13 @@ def guard_checkpoint(
 
 
 def guard_planned(
-    plan: Plan, dst: Path | str, guard: Guard, *, progress: Progress | None = None, team: Team = ALONE
+    plan: Plan,
+    dst: Path | str,
+    guard: Guard,
+    *,
+    progress: Progress | None = None,
+    team: Team = ALONE,
+    budget_bytes: int | None = None,
 ) -> GuardReport:
     """Carry out a plan; see :func:`guard_checkpoint`.
 
@@ -99,8 +106,14 @@ def guard_planned(
         guard: The method, its seed and calibration.
         progress: Called with the number of weights of each tensor when it is done.
         team: The processes that share the work; each of them calls this with the same arguments and gets the report.
+        budget_bytes: What one process may hold in memory; by default what the machine has left. A model that does not
+            fit is read block by block, with the same outcome.
+
+    Raises:
+        MemoryBudgetError: It cannot be done within the budget.
     """
     start = time.monotonic()
+    streamed = team.first(plan_memory(plan, guard, budget_bytes).streamed)
     request = {"format": plan.format, "ignored": plan.ignored, "versions": installed_versions(), **guard.describe()}
     entries = [plan.checkpoint.tensors[target.key] for target in plan.targets]
     with resumable_folder(Path(dst), plan.checkpoint, request, team) as workspace:
@@ -116,7 +129,7 @@ def guard_planned(
         with Behind() as behind, Verification(made, plan.format, toolchain) as verification:
             files = _FileHashes(plan.checkpoint, workspace.folder, team, behind)
             guarded = []
-            for record in _guard_targets(plan, guard, workspace, progress, team):
+            for record in _guard_targets(plan, guard, workspace, progress, team, streamed=streamed):
                 guarded.append(record)
                 files.flush(plan.checkpoint.tensors[record.key].shard)
                 # With an importance matrix only the quantized file can be verified; what the real quantizer stores is
@@ -222,7 +235,7 @@ def _copy_other_files(checkpoint: Checkpoint, folder: Path) -> list[str]:
 
 
 def _guard_targets(
-    plan: Plan, guard: Guard, workspace: Workspace, progress: Progress | None, team: Team
+    plan: Plan, guard: Guard, workspace: Workspace, progress: Progress | None, team: Team, *, streamed: bool
 ) -> Iterator[TensorRecord]:
     """Guard this process's share of the targets, but for those that an interrupted run has done."""
     pending = []
@@ -238,8 +251,9 @@ def _guard_targets(
         yield record
         if progress is not None:
             progress(target.num_weights)
-    if pending:
-        yield from _guard_calibrated(plan, pending, guard, workspace, progress)
+    # Who has nothing left to guard takes part in the calibration of the others.
+    if team.gather(pending):
+        yield from _guard_calibrated(plan, pending, guard, workspace, progress, team, streamed=streamed)
 
 
 def _guard_tensor(
@@ -256,9 +270,16 @@ def _guard_tensor(
 
 
 def _guard_calibrated(
-    plan: Plan, pending: Sequence[tuple[Target, str]], guard: Guard, workspace: Workspace, progress: Progress | None
+    plan: Plan,
+    pending: Sequence[tuple[Target, str]],
+    guard: Guard,
+    workspace: Workspace,
+    progress: Progress | None,
+    team: Team,
+    *,
+    streamed: bool,
 ) -> Iterator[TensorRecord]:
-    """Load the model in full precision and guard the pending targets, block by block.
+    """Guard the pending targets, block by block, on the model in full precision.
 
     The method is told of all targets, so that a run that goes on where another stopped chooses as one that never did.
     """
@@ -266,8 +287,15 @@ def _guard_calibrated(
 
     tokenizer = load_tokenizer(plan.checkpoint.path)
     guard.calibration.resolve(has_tokenizer=tokenizer is not None)
-    dtypes = {target.dtype for target in plan.targets}
-    model = load_full_precision(plan.checkpoint.path, functools.reduce(torch.promote_types, dtypes))
+    weights: Weights
+    if streamed:
+        from qcbguard_plugins.backends.streaming import StreamedWeights
+
+        weights = StreamedWeights(plan.checkpoint, model_dtype(plan), [target.layer for target in plan.targets])
+        model: Any = weights.model
+    else:
+        model = load_full_precision(plan.checkpoint.path, model_dtype(plan))
+        weights = WeightsInMemory(model)
     grids = {target.layer: _ordered_grids(plan, target) for target in plan.targets}
     layers = {
         target.layer: Layer(target.transposed, target.read_dtype, own[0], target.inputs_of, is_shared=len(own) > 1)
@@ -276,7 +304,10 @@ def _guard_calibrated(
     tokens = calibration_tokens(guard.calibration, model.config, tokenizer)
     targets = {target.layer: (target, digest) for target, digest in pending}
     grid = plan.grids(plan.targets[0])[0]
-    for layer, guarded in guard_layers(model, layers, grid, guard, tokens, progress, pending=targets.keys()):
+    guarded_layers = guard_layers(
+        model, layers, grid, guard, tokens, progress, pending=targets.keys(), weights=weights, team=team
+    )
+    for layer, guarded in guarded_layers:
         target, digest = targets[layer]
         if len(grids[layer]) > 1:
             guarded = require_all_grids(_read(plan.checkpoint, target), guarded, grids[layer], target.name)
