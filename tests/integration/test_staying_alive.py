@@ -91,6 +91,16 @@ def test_two_processes_make_the_same_bytes_as_one(model_folder: Callable[[str], 
         assert two.stdout.count("target tensors guarded") == 1
 
 
+def test_two_processes_scan_as_one(model_folder: Callable[[str], Path]) -> None:
+    command = ["scan", str(model_folder("llama-sharded")), "--for", "nf4,int8", "--seed", "5", "--json", "-"]
+    one = run("-m", "qcbguard_plugins.cli", *command)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "qcbguard_plugins.cli"]
+    two = run(*launch, *command)
+    assert (one.returncode, two.returncode) == (0, 0), two.stderr
+    reports = [json.loads(result.stdout) | {"created": "", "elapsed_s": 0} for result in (one, two)]
+    assert reports[0] == reports[1]
+
+
 class TestResumedRuns:
     @pytest.mark.parametrize("method", [Feedback(), QuantGuard(steps=2)], ids=lambda method: method.name)
     def test_a_method_that_looks_at_all_layers_chooses_as_if_never_interrupted(
