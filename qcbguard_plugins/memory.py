@@ -28,7 +28,7 @@ _STATUS = Path("/proc/self/status")
 # Data-free: its codes, and what the stock quantizer makes of it when it is verified.
 _ROUNDED = 2.0
 # A ggml type is searched with several float32 copies.
-_LANDED = 26.0
+_LANDED = 10.0
 # Error feedback: the weight, its grid, the draws and the best of them.
 _FED_BACK = 34.0
 # Bytes an entry of a Hessian: itself twice over while batches are added, and its factors in float64.
