@@ -63,8 +63,8 @@ def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     [
         ("folder", "llama-sharded", "stochastic", 1),
         ("folder", "gpt2", "feedback", 4),
-        ("gguf", "", "stochastic", 2),
-        ("cache", "llama-fp32", "feedback", 9),
+        ("gguf", "", "stochastic", 3),
+        ("cache", "llama-fp32", "feedback", 20),
     ],
     ids=str,
 )

@@ -15,7 +15,7 @@ from qcbguard_plugins.backends.gguf.verify import stored_digest, verify_gguf
 from qcbguard_plugins.checkpoint import open_checkpoint
 from qcbguard_plugins.checkpoint.gguf_reader import open_gguf
 from qcbguard_plugins.errors import CheckpointError
-from tests.fuzz.gguf_targets import _manifest
+from tests.fuzz.gguf_targets import manifest_of
 from tests.gguf_files import write_quantized
 
 SLOW = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -77,7 +77,7 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_quantized(path, TYPES, {PROVENANCE_KEY: "{}"})
     file = open_gguf(path)
     digests = {name: stored_digest(file, tensor) for name, tensor in file.tensors.items()}
-    write_quantized(path, TYPES, {PROVENANCE_KEY: _manifest("gguf:Q4_0", digests, TYPES)})
+    write_quantized(path, TYPES, {PROVENANCE_KEY: manifest_of("gguf:Q4_0", digests, TYPES)})
     assert verify_gguf(path).clean
     return path
 
@@ -102,7 +102,7 @@ def test_tensors_that_change_places(tmp_path: Path) -> None:
     file = open_gguf(tmp_path / "twice.gguf")
     digests = {name: stored_digest(file, tensor) for name, tensor in file.tensors.items()}
     path = write_quantized(
-        tmp_path / "model.gguf", ["Q4_0", "Q4_0"], {PROVENANCE_KEY: _manifest("gguf:Q4_0", digests, ["Q4_0", "Q4_0"])}
+        tmp_path / "model.gguf", ["Q4_0", "Q4_0"], {PROVENANCE_KEY: manifest_of("gguf:Q4_0", digests, ["Q4_0", "Q4_0"])}
     )
     file = open_gguf(path)
     content = bytearray(path.read_bytes())
