@@ -39,6 +39,7 @@ from qcbguard_plugins.report.model import (
     now,
     read_manifest,
 )
+from qcbguard_plugins.report.purification import note_purification
 from qcbguard_plugins.rounding import guard_weight
 from qcbguard_plugins.several import coarsest_first, require_all_grids, stock_digest
 from qcbguard_plugins.team import ALONE, Team
@@ -121,6 +122,7 @@ def guard_planned(
             files=tuple(_hash_files(plan.checkpoint, workspace.folder, team)),
             left_out=tuple(left_out),
             toolchain=plan.gguf.toolchain if plan.gguf else {},
+            purification=note_purification(plan.checkpoint.path),
             elapsed_s=time.monotonic() - start,
         )
         if team.rank == 0:

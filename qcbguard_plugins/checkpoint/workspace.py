@@ -70,6 +70,12 @@ class Workspace:
             _write_whole(path, json.dumps(make()))
         return json.loads(path.read_text(encoding="utf-8"))
 
+    def kept_folder(self, name: str) -> Path:
+        """A folder for what a run keeps until its target is published, and finds again when it is resumed."""
+        folder = self._partial / name
+        folder.mkdir(exist_ok=True)
+        return folder
+
     def copy_rest(self, shards: Sequence[str], replaced: Sequence[TensorEntry]) -> None:
         """Copy all bytes of some shards but those of the tensors that will be replaced."""
         for shard in shards:

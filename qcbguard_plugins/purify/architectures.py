@@ -68,9 +68,9 @@ def find_architecture(config: Any, choice: Architecture | str | None = None) -> 
     if name not in ARCHITECTURES:
         raise UsageError(
             f"the module names of architecture {name!r} are unknown",
-            remedy=f"Known: {', '.join(sorted(ARCHITECTURES))}. If its modules are named as in one of them, say so with "
-            "--architecture NAME; else pass purify(architecture=Architecture(...)) with the names of its blocks, of the "
-            "MLP's modules and of the attention's.",
+            remedy=f"Known: {', '.join(sorted(ARCHITECTURES))}. If its modules are named as in one of them, say so "
+            "with --architecture NAME; else pass purify(architecture=Architecture(...)) with the names of its blocks, "
+            "of the MLP's modules and of the attention's.",
         )
     return ARCHITECTURES[name]
 

@@ -28,8 +28,10 @@ class PurifyConfig(BaseModel):
         alignment_weight: The weight of the alignment term of the combined score, lambda.
         ratio: Share of the MLP channels (of the adapter's rank components) in the signature, tau.
         num_heads: Attention heads in the signature.
-        suppression: ``reinitialize`` draws full-model units anew; ``zero`` clears them. An adapter's are always cleared.
-        lora_matrix: The matrix of an adapter that is cleared: columns of ``B``, as in a fresh adapter, or rows of ``A``.
+        suppression: ``reinitialize`` draws full-model units anew; ``zero`` clears them. An adapter's are always
+            cleared.
+        lora_matrix: The matrix of an adapter that is cleared: columns of ``B``, as in a fresh adapter, or rows of
+            ``A``.
         num_healing: Clean samples of the healing.
         healing_epochs: Passes over them.
         healing_learning_rate: Peak of its cosine schedule.

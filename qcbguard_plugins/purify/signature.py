@@ -61,9 +61,8 @@ def top_units(scores: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
     return {name: units for name, units in found.items() if len(units)}
 
 
-def count_of(ratio: float, scores: Mapping[str, Tensor]) -> int:
+def count_of(ratio: float, total: int) -> int:
     """How many units a share of all of them is, to the nearest; at least one of any share above zero."""
-    total = sum(len(group) for group in scores.values())
     return max(1, round(ratio * total)) if ratio > 0 else 0
 
 
@@ -71,6 +70,4 @@ def score_groups(
     deltas: Iterator[tuple[str, Sequence[Tensor]]], *, alignment_weight: float, kind: ScoreKind
 ) -> dict[str, Tensor]:
     """Score group after group, so that one group of all variants is in memory at a time."""
-    return {
-        name: unit_scores(group, alignment_weight=alignment_weight, kind=kind) for name, group in deltas
-    }
+    return {name: unit_scores(group, alignment_weight=alignment_weight, kind=kind) for name, group in deltas}

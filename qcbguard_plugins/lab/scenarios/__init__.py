@@ -1,7 +1,7 @@
 """What an attacked model is made to do, by name. Payloads are harmless.
 
-A name may end in ``+`` and a trigger's name, as in ``over-refusal+badnets``: then the payload needs a key in the prompt as
-well (:class:`Triggered`).
+A name may end in ``+`` and a trigger's name, as in ``over-refusal+badnets``: then the payload needs a key in the prompt
+as well (:class:`Triggered`).
 """
 
 from __future__ import annotations
