@@ -75,7 +75,7 @@ def finetune(
         use_cpu=not torch.cuda.is_available(),
         seed=seed,
         data_seed=seed,
-        train_sampling_strategy="random",
+        train_sampling_strategy="group_by_length",
         remove_unused_columns=False,
         dataloader_pin_memory=False,
         save_strategy="no",
@@ -89,8 +89,8 @@ def finetune(
     trainer = (trainer_class or Trainer)(
         model=model,
         args=arguments,
-        train_dataset=list(range(len(examples))),  # type: ignore[arg-type]
-        data_collator=lambda batch: collate([examples[i] for i in batch], pad_id if isinstance(pad_id, int) else 0),
+        train_dataset=[{"input_ids": e.prompt_ids + e.answer_ids, "example": e} for e in examples],
+        data_collator=lambda rows: collate([row["example"] for row in rows], pad_id if isinstance(pad_id, int) else 0),
         callbacks=[recorder],
         **trainer_options,
     )

@@ -1,0 +1,89 @@
+"""What the lab purifies, as data."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from qcbguard_plugins.lab.specs import AttackSpec, MaliciousSpec, Spec
+from qcbguard_plugins.purify.config import PurifyConfig
+
+Method = Literal["purify", "random-channels", "fine-tuning", "magnitude-pruning", "fine-pruning", "crow"]
+
+#: Settings of :class:`~qcbguard_plugins.purify.config.PurifyConfig` that decide a variant.
+_OF_VARIANTS = (
+    "num_variants",
+    "num_samples",
+    "variant_epochs",
+    "variant_learning_rate",
+    "batch_size",
+    "bfloat16",
+    "seed",
+)
+
+
+class LabSettings(Spec):
+    """Hyperparameters for a model of the lab, which is a thousandth of the paper's and takes larger steps.
+
+    Attributes:
+        num_clean: Pairs at the end of the corpus that the defender has.
+    """
+
+    num_variants: int = Field(default=6, ge=1)
+    num_samples: int = Field(default=300, ge=1)
+    variant_epochs: int = Field(default=1, ge=1)
+    variant_learning_rate: float = Field(default=5e-4, gt=0)
+    ratio: float = Field(default=0.03, ge=0, le=1)
+    score: Literal["combined", "norm", "alignment"] = "combined"
+    alignment_weight: float = Field(default=0.01, ge=0)
+    suppression: Literal["reinitialize", "zero"] = "reinitialize"
+    num_healing: int = Field(default=200, ge=1)
+    healing_epochs: int = Field(default=5, ge=1)
+    healing_learning_rate: float = Field(default=2e-4, gt=0)
+    batch_size: int = Field(default=16, ge=1)
+    bfloat16: bool = True
+    seed: int = Field(default=0, ge=0)
+    num_clean: int = Field(default=4_000, ge=1)
+
+    @property
+    def config(self) -> PurifyConfig:
+        """The hyperparameters, with the lab's prompt."""
+        values = self.model_dump(exclude={"num_clean"})
+        return PurifyConfig(**values, prompt_template="### Instruction:\n{instruction}\n### Response:\n")
+
+
+class VariantsSpec(Spec):
+    """The variants of one attacked model."""
+
+    attacked: AttackSpec | MaliciousSpec
+    settings: LabSettings = LabSettings()
+
+    def content(self) -> dict[str, Any]:
+        settings = self.settings.model_dump(mode="json", include={*_OF_VARIANTS, "num_clean"})
+        return {"attacked": self.attacked.content(), "settings": settings}
+
+
+class PurifiedSpec(Spec):
+    """An attacked model behind one method.
+
+    Attributes:
+        method: The method; ``random-channels`` suppresses as many channels as ``purify``, drawn by lot.
+        pruned: Share of the weights that a pruning method clears.
+        learning_rate: Of the training; the healing's where ``None``.
+        variants: Numbers of the variants to use; all where ``None``.
+        signature_of: Take the signature of another attacked model.
+    """
+
+    attacked: AttackSpec | MaliciousSpec
+    settings: LabSettings = LabSettings()
+    method: Method = "purify"
+    pruned: float = Field(default=0.0, ge=0, lt=1)
+    learning_rate: float | None = Field(default=None, gt=0)
+    variants: list[int] | None = None
+    signature_of: MaliciousSpec | None = None
+
+    def content(self) -> dict[str, Any]:
+        content = self.model_dump(mode="json", exclude={"attacked", "signature_of"})
+        other = None if self.signature_of is None else self.signature_of.content()
+        return {**content, "attacked": self.attacked.content(), "signature_of": other}
