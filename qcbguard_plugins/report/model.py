@@ -31,6 +31,7 @@ _REPORTED_PACKAGES = (
     "optimum",
     "onnxruntime",
     "openvino",
+    "peft",
     "nncf",
 )
 
