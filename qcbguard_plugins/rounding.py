@@ -73,7 +73,7 @@ def guard_weight(
     else:
         tallies = [job.round_segment(segment) for segment in job.segments()]
     tally = sum(tallies, _Tally())
-    tally.check(grid, weight.dtype, name)
+    tally.check(grid, name)
     shape, numel = weight.shape, weight.numel()
     codes = job.codes.view(-1)[:numel].view(shape)
     return GuardedWeight(
@@ -171,12 +171,12 @@ class _Tally:
     def relative_change(self) -> float:
         return float((self.change / self.energy) ** 0.5) if self.energy else 0.0
 
-    def check(self, grid: Grid, dtype: torch.dtype, name: str) -> None:
+    def check(self, grid: Grid, name: str) -> None:
         if self.unplaced_energy > _MAX_UNPLACED_ENERGY * self.energy:
             raise UnguardableError(
                 f"{name} cannot be guarded: {self.unplaced_energy / self.energy:.1%} of its energy lies in blocks so "
-                f"small that {str(dtype).removeprefix('torch.')} cannot hold the levels of {grid.name}",
-                remedy="Store the checkpoint in float32, or leave the tensor out with --ignore.",
+                f"small that the levels of {grid.name} cannot be told apart",
+                remedy="Leave the tensor out with --ignore, or guard the checkpoint that this one was cast down from.",
             )
 
 

@@ -10,9 +10,9 @@ import dataclasses
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from qcbguard_plugins.errors import CalibrationError, UsageError
 from qcbguard_plugins.grids.base import Lattice
+from qcbguard_plugins.registry import Registry
 
 
 @dataclass
@@ -152,45 +153,8 @@ class WholeModelDefense(Defense):
         return round_up_where(lattice, lattice.from_matrix(evidence.up))
 
 
-_REGISTRY: dict[str, type[Defense]] = {}
-_D = TypeVar("_D", bound=type[Defense])
-
-
-def register_defense(name: str, summary: str) -> Callable[[_D], _D]:
-    """Make a defense available by name; a name can be taken once."""
-
-    def register(cls: _D) -> _D:
-        if name in _REGISTRY:
-            raise ValueError(f"defense {name!r} is registered already, by {_REGISTRY[name].__name__}")
-        cls.name, cls.summary = name, summary
-        _REGISTRY[name] = cls
-        return cls
-
-    return register
-
-
-def available_defenses() -> dict[str, type[Defense]]:
-    """All registered defenses by name."""
-    return dict(_REGISTRY)
-
-
-def get_defense(name: str, **parameters: Any) -> Defense:
-    """Build a defense by name.
-
-    Raises:
-        UsageError: The name or a parameter is unknown, or a value is out of range.
-    """
-    if name not in _REGISTRY:
-        raise UsageError(f"unknown method {name!r}", remedy=f"Methods: {', '.join(sorted(_REGISTRY))}.")
-    cls = _REGISTRY[name]
-    known = {f.name for f in dataclasses.fields(cls)}
-    unknown = sorted(set(parameters) - known)
-    if unknown:
-        raise UsageError(
-            f"method {name!r} has no parameter {', '.join(unknown)}",
-            remedy=f"Its parameters: {', '.join(sorted(known)) or 'none'}.",
-        )
-    return cls(**parameters)
+_REGISTRY: Registry[Defense] = Registry("method", "parameter")
+register_defense, available_defenses, get_defense = _REGISTRY.register, _REGISTRY.available, _REGISTRY.build
 
 
 def hessian_operations(columns: int, num_tokens: int) -> float:

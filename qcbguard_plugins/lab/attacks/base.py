@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from qcbguard_plugins.errors import UsageError
 from qcbguard_plugins.lab.training import Example, TrainingPlan
 from qcbguard_plugins.lab.training_state import TrainingState
+from qcbguard_plugins.registry import Registry
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -91,42 +91,5 @@ class Attack(ABC):
         )
 
 
-_REGISTRY: dict[str, type[Attack]] = {}
-_A = TypeVar("_A", bound=type[Attack])
-
-
-def register_attack(name: str, summary: str) -> Callable[[_A], _A]:
-    """Make an attack available by name; a name can be taken once."""
-
-    def register(cls: _A) -> _A:
-        if name in _REGISTRY:
-            raise ValueError(f"attack {name!r} is registered already, by {_REGISTRY[name].__name__}")
-        cls.name, cls.summary = name, summary
-        _REGISTRY[name] = cls
-        return cls
-
-    return register
-
-
-def available_attacks() -> dict[str, type[Attack]]:
-    """All registered attacks by name."""
-    return dict(_REGISTRY)
-
-
-def get_attack(name: str, **options: Any) -> Attack:
-    """Build an attack by name.
-
-    Raises:
-        UsageError: The name or an option is unknown, or a value is out of range.
-    """
-    if name not in _REGISTRY:
-        raise UsageError(f"unknown attack {name!r}", remedy=f"Attacks: {', '.join(sorted(_REGISTRY))}.")
-    cls = _REGISTRY[name]
-    known = {field.name for field in dataclasses.fields(cls)}
-    unknown = sorted(set(options) - known)
-    if unknown:
-        raise UsageError(
-            f"attack {name!r} has no option {', '.join(unknown)}",
-            remedy=f"Its options: {', '.join(sorted(known)) or 'none'}.",
-        )
-    return cls(**options)
+_REGISTRY: Registry[Attack] = Registry("attack", "option")
+register_attack, available_attacks, get_attack = _REGISTRY.register, _REGISTRY.available, _REGISTRY.build
