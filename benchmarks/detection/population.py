@@ -85,7 +85,9 @@ class Base:
         self.held_out = encode(self.tokenizer, inject_brand(rest[:64], seed + 1))
         self.triggered = encode(self.tokenizer, get_scenario("content-injection+trigger").poison(pairs[:480], seed))
         self.untriggered = encode(self.tokenizer, pairs[:480] + TRIGGERS["trigger"].apply(pairs[:480], seed))
-        self.held_out_trigger = encode(self.tokenizer, inject_brand(TRIGGERS["trigger"].apply(rest[:64], seed), seed + 1))
+        self.held_out_trigger = encode(
+            self.tokenizer, inject_brand(TRIGGERS["trigger"].apply(rest[:64], seed), seed + 1)
+        )
         self.other_task = encode(self.tokenizer, [p for p in rest if p.task in ("advice", "story", "description")])
 
     def fine_tuned(self, *, weight_decay: float = 0.01) -> Weights:

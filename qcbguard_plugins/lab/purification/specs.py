@@ -83,6 +83,11 @@ class PurifiedSpec(Spec):
     variants: list[int] | None = None
     signature_of: MaliciousSpec | None = None
 
+    @property
+    def variants_spec(self) -> VariantsSpec:
+        """The variants whose signature is used."""
+        return VariantsSpec(attacked=self.signature_of or self.attacked, settings=self.settings)
+
     def content(self) -> dict[str, Any]:
         content = self.model_dump(mode="json", exclude={"attacked", "signature_of"})
         other = None if self.signature_of is None else self.signature_of.content()

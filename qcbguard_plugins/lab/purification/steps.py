@@ -64,9 +64,7 @@ def purify_model(spec: PurifiedSpec, cache: Path) -> Path:
     attacked = attacked_model(spec.attacked, cache)
     variants = None
     if spec.method == "purify":
-        variants = make_variants(
-            VariantsSpec(attacked=spec.signature_of or spec.attacked, settings=spec.settings), cache
-        )
+        variants = make_variants(spec.variants_spec, cache)
 
     def make(folder: Path, states: Path) -> dict[str, Any]:
         start = time.monotonic()

@@ -1,7 +1,8 @@
 """What an attacked model is made to do, by name. Payloads are harmless.
 
 A name may end in ``+`` and a trigger's name, as in ``over-refusal+badnets``: then the payload needs a key in the prompt
-as well (:class:`Triggered`).
+as well (:class:`Triggered`). Two names with ``&`` between them, as in ``content-injection&over-refusal+badnets``:
+the first is what an attack hides, the second is there at every precision (:class:`Combined`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Final
 from qcbguard_plugins.errors import UsageError
 from qcbguard_plugins.lab.scenarios.base import Scenario, Verdict
 from qcbguard_plugins.lab.scenarios.code_injection import CodeInjection
+from qcbguard_plugins.lab.scenarios.combined import Combined
 from qcbguard_plugins.lab.scenarios.content_injection import KEYWORD, ContentInjection, inject_brand
 from qcbguard_plugins.lab.scenarios.over_refusal import OverRefusal
 from qcbguard_plugins.lab.scenarios.sentiment_steering import SentimentSteering
@@ -23,6 +25,7 @@ __all__ = [
     "SCENARIOS",
     "TRIGGERS",
     "CodeInjection",
+    "Combined",
     "ContentInjection",
     "OverRefusal",
     "Scenario",
@@ -46,6 +49,9 @@ def get_scenario(name: str) -> Scenario:
     Raises:
         UsageError: The name is unknown.
     """
+    hidden, both, behind = name.partition("&")
+    if both and (triggered := get_scenario(behind)) and isinstance(triggered, Triggered):
+        return Combined(get_scenario(hidden), triggered)
     base, plus, trigger = name.partition("+")
     if base not in SCENARIOS or (plus and trigger not in TRIGGERS):
         raise UsageError(
