@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from qcbguard_plugins.guard import Guard
+from qcbguard_plugins.lab.bench.defense_specs import parse_defense
 from qcbguard_plugins.lab.bench.subjects import exam_digest, held_out_pairs, make_exam
 from qcbguard_plugins.lab.evaluation import METRIC_VERSION, Exam, Measurement, evaluate
 from qcbguard_plugins.lab.purification.specs import PurifiedSpec
@@ -21,6 +23,7 @@ from qcbguard_plugins.report.model import Record
 #: The model before the attack, and the attacked model as it is: rows of their own.
 CLEAN: Final = "clean"
 NONE: Final = "none"
+_GUARD_SEED: Final = 0
 
 
 @dataclass(frozen=True)
@@ -31,11 +34,13 @@ class Entry:
         label: What the table calls it.
         spec: The purified model; ``None`` for the attacked or the clean model.
         format: The format that it is measured in.
+        defense: The guard before the quantizer; none where empty.
     """
 
     label: str
     spec: PurifiedSpec | None = None
     format: str = FULL_PRECISION
+    defense: str = ""
 
 
 class StudyCell(Record):
@@ -103,17 +108,18 @@ class Study:
 
     def _cell(self, attacked: AttackSpec | MaliciousSpec, entry: Entry, scenario: str, exam: Exam) -> StudyCell | None:
         subject = entry.spec or (attacked.model if entry.label == CLEAN else attacked)
-        name = f"{METRIC_VERSION} {subject.digest()} {entry.format} {exam_digest(exam)}"
+        name = f"{METRIC_VERSION} {subject.digest()} {entry.format} {entry.defense} {exam_digest(exam)}"
         path = self.cache / "purification-cells" / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.json"
         if path.exists():
             return StudyCell.model_validate_json(path.read_bytes()).model_copy(update={"label": entry.label})
         if self.cached:
             return None
         folder = self._make(subject)
+        guard = Guard(parse_defense(entry.defense), seed=_GUARD_SEED) if entry.defense else None
         cell = StudyCell(
             scenario=scenario,
             label=entry.label,
-            measurement=evaluate(folder, entry.format, exam),
+            measurement=evaluate(folder, entry.format, exam, guard),
             **(self._costs(entry.spec, folder) if entry.spec is not None else {}),
         )
         path.parent.mkdir(parents=True, exist_ok=True)
