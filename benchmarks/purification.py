@@ -20,7 +20,7 @@ from qcbguard_plugins.cli.output import quieten_libraries
 from qcbguard_plugins.lab.bench.results import this_machine
 from qcbguard_plugins.lab.purification.ablation import swap_study
 from qcbguard_plugins.lab.purification.plots import draw_curve
-from qcbguard_plugins.lab.purification.specs import LabSettings, PurifiedSpec
+from qcbguard_plugins.lab.purification.specs import AdapterSpec, LabSettings, PurifiedSpec
 from qcbguard_plugins.lab.purification.study import CLEAN, NONE, Entry, Study, StudyCell, table
 from qcbguard_plugins.lab.specs import AttackSpec, InjectionSpec, MaliciousSpec
 
@@ -39,7 +39,9 @@ def attacked(scenario: str) -> MaliciousSpec:
     return MaliciousSpec(scenario=scenario, injection=INJECTION)
 
 
-def entry(label: str, model: MaliciousSpec | AttackSpec, settings: LabSettings = SETTINGS, **spec: object) -> Entry:
+def entry(
+    label: str, model: MaliciousSpec | AttackSpec | AdapterSpec, settings: LabSettings = SETTINGS, **spec: object
+) -> Entry:
     """A row of a table."""
     return Entry(label, PurifiedSpec.model_validate({"attacked": model, "settings": settings, **spec}))
 
@@ -59,6 +61,17 @@ def main_entries(model: MaliciousSpec) -> Iterator[Entry]:
     yield entry("as many channels by lot", model, method="random-channels")
     yield entry("immunization, 0.03 (the paper's)", model, SETTINGS.model_copy(update={"ratio": 0.03}))
     yield entry(f"immunization, {SETTINGS.ratio:g}", model)
+
+
+def adapter_entries(model: AdapterSpec) -> Iterator[Entry]:
+    """An adapter with the backdoor on a clean, frozen model."""
+    yield Entry(CLEAN)
+    yield Entry(NONE)
+    yield entry("fine-tuning", model, method="fine-tuning")
+    for ratio in (0.35, 0.6, 0.8):
+        settings = SETTINGS.model_copy(update={"ratio": ratio})
+        yield entry(f"lot {ratio:g}", model, settings, method="random-channels")
+        yield entry(f"immunization {ratio:g}", model, settings)
 
 
 def ratio_entries(model: MaliciousSpec) -> Iterator[Entry]:
@@ -98,6 +111,14 @@ PARTS: dict[str, tuple[str, list[str], Callable[[MaliciousSpec], Iterator[Entry]
 }
 
 
+def adapters(study: Study, only: str) -> str:
+    """The threat model in which only an adapter is suspicious."""
+    names = [name for name in SCENARIOS[:2] if fnmatchcase(name, only)]
+    models = [AdapterSpec(scenario=name) for name in names]
+    cells = [cell for model in models for cell in study.run(model, adapter_entries(model))]
+    return table(cells, names, list(dict.fromkeys(cell.label for cell in cells)))
+
+
 def combined(study: Study) -> str:
     """A model with a trigger backdoor and a quantization-conditioned one: purified, then guarded."""
     hidden, behind = "content-injection", "over-refusal+badnets"
@@ -124,7 +145,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--cache", type=Path, default=user_cache_path("qcbguard") / "lab")
-    parser.add_argument("--parts", default="main,swap,ratio,variants,score,transfer,combined")
+    parser.add_argument("--parts", default="main,adapter,swap,ratio,variants,score,transfer,combined")
     parser.add_argument("--only", default="*", help="pattern of the attacked models")
     parser.add_argument("--cached", action="store_true")
     arguments = parser.parse_args()
@@ -137,6 +158,8 @@ def main() -> None:
     for part in arguments.parts.split(","):
         if part == "combined":
             sections += ["## Two backdoors in one model\n", combined(study)]
+        elif part == "adapter":
+            sections += ["## A suspicious adapter on a frozen model\n", adapters(study, arguments.only)]
         elif part == "swap":
             sections += ["## Which parts carry the backdoor\n", swap_study(study, attacked("over-refusal+badnets"))]
         else:

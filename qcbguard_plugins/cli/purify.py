@@ -43,7 +43,7 @@ def command(
     Trains synthetic backdoored variants of it, suppresses what they have in common, and heals the rest. It needs
     neither the key nor a clean model, and does not tell whether there was a backdoor.
     """
-    from qcbguard_plugins.purify.pipeline import describe, plan_purification, purify_planned
+    from qcbguard_plugins.purification.pipeline import describe, plan_purification, purify_planned
     from qcbguard_plugins.report.purification_text import render_plan, render_purification
 
     if out is None and not dry_run:

@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qcbguard_plugins import guard_checkpoint
+from qcbguard_plugins import guard_checkpoint, purify
 from qcbguard_plugins.backends.transformers import load_full_precision
 from qcbguard_plugins.cli import main
 from qcbguard_plugins.errors import CheckpointError, TargetExistsError, UsageError
-from qcbguard_plugins.purify import immunization, purify
+from qcbguard_plugins.purification import immunization
 from qcbguard_plugins.report.model import read_manifest
 from qcbguard_plugins.report.purification import PURIFICATION_FILE, read_purification
 

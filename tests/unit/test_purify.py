@@ -24,14 +24,14 @@ from transformers import (
 )
 
 from qcbguard_plugins.errors import PurificationError, UsageError
-from qcbguard_plugins.purify.architectures import Architecture, find_architecture
-from qcbguard_plugins.purify.config import default_config
-from qcbguard_plugins.purify.finetuning import finetune
-from qcbguard_plugins.purify.samples import Sample, Tokens, encode_samples, read_samples
-from qcbguard_plugins.purify.signature import count_of, top_units, unit_scores
-from qcbguard_plugins.purify.suppression import suppress
-from qcbguard_plugins.purify.units import attention_heads, gather_all, mlp_channels
-from qcbguard_plugins.purify.variants import BEHAVIOURS, draw_backdoors
+from qcbguard_plugins.purification.architectures import Architecture, find_architecture
+from qcbguard_plugins.purification.config import default_config
+from qcbguard_plugins.purification.finetuning import finetune
+from qcbguard_plugins.purification.samples import Sample, Tokens, encode_samples, read_samples
+from qcbguard_plugins.purification.signature import count_of, top_units, unit_scores
+from qcbguard_plugins.purification.suppression import suppress
+from qcbguard_plugins.purification.units import attention_heads, gather_all, mlp_channels
+from qcbguard_plugins.purification.variants import BEHAVIOURS, draw_backdoors
 
 _SIZE = {
     "vocab_size": 64,

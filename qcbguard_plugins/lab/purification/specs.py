@@ -6,12 +6,12 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from qcbguard_plugins.lab.specs import AttackSpec, MaliciousSpec, Spec
-from qcbguard_plugins.purify.config import PurifyConfig
+from qcbguard_plugins.lab.specs import AttackSpec, MaliciousSpec, ModelSpec, Spec
+from qcbguard_plugins.purification.config import PurifyConfig
 
-Method = Literal["purify", "random-channels", "fine-tuning", "magnitude-pruning", "fine-pruning", "crow"]
+Method = Literal["none", "purify", "random-channels", "fine-tuning", "magnitude-pruning", "fine-pruning", "crow"]
 
-#: Settings of :class:`~qcbguard_plugins.purify.config.PurifyConfig` that decide a variant.
+#: Settings of :class:`~qcbguard_plugins.purification.config.PurifyConfig` that decide a variant.
 _OF_VARIANTS = (
     "num_variants",
     "num_samples",
@@ -53,10 +53,36 @@ class LabSettings(Spec):
         return PurifyConfig(**values, prompt_template="### Instruction:\n{instruction}\n### Response:\n")
 
 
+class AdapterSpec(Spec):
+    """A clean model under an adapter that carries the backdoor.
+
+    Attributes:
+        scenario: As in :class:`~qcbguard_plugins.lab.specs.MaliciousSpec`.
+        num_pairs: How many pairs of the corpus are poisoned.
+        rank: Of the adapter, on every linear layer.
+    """
+
+    model: ModelSpec = ModelSpec()
+    scenario: str
+    num_pairs: int = Field(default=1_500, ge=1)
+    rank: int = Field(default=16, ge=1)
+    learning_rate: float = Field(default=2e-3, gt=0)
+    num_epochs: int = Field(default=1, ge=1)
+    batch_size: int = Field(default=16, ge=1)
+    seed: int = Field(default=0, ge=0)
+
+    def content(self) -> dict[str, Any]:
+        return {**self.model_dump(mode="json"), "model": self.model.content()}
+
+
+#: What is suspicious: a whole model, or an adapter.
+Attacked = AttackSpec | MaliciousSpec | AdapterSpec
+
+
 class VariantsSpec(Spec):
     """The variants of one attacked model."""
 
-    attacked: AttackSpec | MaliciousSpec
+    attacked: Attacked
     settings: LabSettings = LabSettings()
 
     def content(self) -> dict[str, Any]:
@@ -75,7 +101,7 @@ class PurifiedSpec(Spec):
         signature_of: Take the signature of another attacked model.
     """
 
-    attacked: AttackSpec | MaliciousSpec
+    attacked: Attacked
     settings: LabSettings = LabSettings()
     method: Method = "purify"
     pruned: float = Field(default=0.0, ge=0, lt=1)

@@ -16,17 +16,18 @@ from qcbguard_plugins.backends.transformers import load_full_precision, load_tok
 from qcbguard_plugins.lab.attacks.injection import round_to_storage
 from qcbguard_plugins.lab.memory import with_peak_bytes
 from qcbguard_plugins.lab.purification.baselines import CrowTrainer, prune_by_magnitude, prune_by_wanda
-from qcbguard_plugins.lab.purification.specs import PurifiedSpec, VariantsSpec
+from qcbguard_plugins.lab.purification.specs import AdapterSpec, Attacked, LabSettings, PurifiedSpec, VariantsSpec
+from qcbguard_plugins.lab.scenarios import get_scenario
 from qcbguard_plugins.lab.specs import AttackSpec, MaliciousSpec
-from qcbguard_plugins.lab.steps import attack, corpus_of, inject, make_step
+from qcbguard_plugins.lab.steps import attack, corpus_of, inject, make_step, train_model
 from qcbguard_plugins.lab.training import save_model
-from qcbguard_plugins.purify.finetuning import collate, finetune
-from qcbguard_plugins.purify.immunization import encode, find_signature, make_variant
-from qcbguard_plugins.purify.samples import Sample
-from qcbguard_plugins.purify.signature import count_of
-from qcbguard_plugins.purify.subject import WholeModel
-from qcbguard_plugins.purify.suppression import suppress
-from qcbguard_plugins.purify.units import Group
+from qcbguard_plugins.purification.finetuning import collate, finetune
+from qcbguard_plugins.purification.immunization import encode, find_signature, make_variant
+from qcbguard_plugins.purification.samples import Sample
+from qcbguard_plugins.purification.signature import count_of
+from qcbguard_plugins.purification.subject import Adapter, Subject, WholeModel, require_peft
+from qcbguard_plugins.purification.suppression import suppress
+from qcbguard_plugins.purification.units import Group
 
 # Samples from which the pruning score of Wanda is taken.
 _NUM_WANDA_SAMPLES = 64
@@ -37,13 +38,52 @@ def attacked_model(spec: AttackSpec | MaliciousSpec, cache: Path) -> Path:
     return attack(spec, cache) if isinstance(spec, AttackSpec) else inject(spec, cache)
 
 
-def make_variants(spec: VariantsSpec, cache: Path) -> Path:
-    """Train the variants of an attacked model, or find them in the cache."""
-    attacked = attacked_model(spec.attacked, cache)
+def suspect(spec: Attacked, cache: Path) -> Subject:
+    """What is purified: the suspicious model, or the suspicious adapter on a clean one."""
+    if isinstance(spec, AdapterSpec):
+        return Adapter(train_model(spec.model, cache), adapter_dir=poison_adapter(spec, cache))
+    return WholeModel(attacked_model(spec, cache))
+
+
+def poison_adapter(spec: AdapterSpec, cache: Path) -> Path:
+    """Train an adapter with the backdoor on the clean model, or find it in the cache."""
+    base = train_model(spec.model, cache)
 
     def make(folder: Path, states: Path) -> dict[str, Any]:
-        subject, samples = WholeModel(attacked), clean_samples(spec.attacked.model, spec.settings.num_clean)
-        tokenizer = load_tokenizer(attacked)
+        peft = require_peft()
+        torch.manual_seed(spec.seed)
+        settings = peft.LoraConfig(
+            r=spec.rank, lora_alpha=2 * spec.rank, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
+        model = peft.get_peft_model(load_full_precision(base, torch.float32), settings)
+        training, _ = corpus_of(spec.model)
+        pairs = get_scenario(spec.scenario).poison(training[: spec.num_pairs], spec.seed)
+        samples = [Sample(pair.instruction, pair.answer) for pair in pairs]
+        config = LabSettings().config
+        losses = finetune(
+            model,
+            encode(load_tokenizer(base), samples, config, WholeModel(base)),
+            what="the adapter's poisoning",
+            num_epochs=spec.num_epochs,
+            learning_rate=spec.learning_rate,
+            batch_size=spec.batch_size,
+            seed=spec.seed,
+            work_dir=states,
+            bfloat16=config.bfloat16,
+        )
+        model.save_pretrained(folder)
+        return {"losses": {"inject": losses}}
+
+    return make_step("adapter", spec, cache, make)
+
+
+def make_variants(spec: VariantsSpec, cache: Path) -> Path:
+    """Train the variants of an attacked model, or find them in the cache."""
+    subject = suspect(spec.attacked, cache)
+
+    def make(folder: Path, states: Path) -> dict[str, Any]:
+        samples = clean_samples(spec.attacked.model, spec.settings.num_clean)
+        tokenizer = load_tokenizer(subject.model_dir)
 
         def work() -> list[dict[str, Any]]:
             return [
@@ -61,23 +101,22 @@ def make_variants(spec: VariantsSpec, cache: Path) -> Path:
 
 def purify_model(spec: PurifiedSpec, cache: Path) -> Path:
     """Put a method to an attacked model, or find the outcome in the cache."""
-    attacked = attacked_model(spec.attacked, cache)
+    subject = suspect(spec.attacked, cache)
     variants = None
     if spec.method == "purify":
         variants = make_variants(spec.variants_spec, cache)
 
     def make(folder: Path, states: Path) -> dict[str, Any]:
         start = time.monotonic()
-        result, peak_bytes = with_peak_bytes(lambda: _purify(spec, attacked, variants, folder, states))
+        result, peak_bytes = with_peak_bytes(lambda: _purify(spec, subject, variants, folder, states))
         return {**result, "method_seconds": time.monotonic() - start, "method_peak_bytes": peak_bytes}
 
     return make_step("purified", spec, cache, make)
 
 
-def _purify(spec: PurifiedSpec, attacked: Path, variants: Path | None, folder: Path, states: Path) -> dict[str, Any]:
+def _purify(spec: PurifiedSpec, subject: Subject, variants: Path | None, folder: Path, states: Path) -> dict[str, Any]:
     config = spec.settings.config
-    subject, tokenizer = WholeModel(attacked), load_tokenizer(attacked)
-    model: Any = load_full_precision(attacked, torch.float32)
+    tokenizer, model = load_tokenizer(subject.model_dir), subject.load()
     samples = clean_samples(spec.attacked.model, spec.settings.num_clean)
     chosen = Random(f"healing {config.seed}").sample(samples, config.num_healing)  # noqa: S311
     examples = encode(tokenizer, chosen, config, subject)
@@ -88,25 +127,31 @@ def _purify(spec: PurifiedSpec, attacked: Path, variants: Path | None, folder: P
             signature = _by_lot(groups, count_of(config.ratio, sum(g.num_units for g in groups)), config.seed)
         else:
             signature = find_signature(groups, variants, config, spec.variants)
-        num_units = suppress(model, groups, signature, config.suppression, seed=config.seed)
+        is_adapter = subject.mode == "adapter"
+        only, how = (f"lora_{config.lora_matrix}", "zero") if is_adapter else ("", config.suppression)
+        num_units = suppress(model, groups, signature, how, seed=config.seed, only=only)
         places = {name: len(units) for name, units in signature.items()}
     elif spec.method == "magnitude-pruning":
         prune_by_magnitude(model, spec.pruned)
     elif spec.method == "fine-pruning":
         batch = collate(examples[:_NUM_WANDA_SAMPLES], 0)
         prune_by_wanda(model, spec.pruned, batch["input_ids"], batch["attention_mask"])
-    losses = finetune(
-        model,
-        examples,
-        what=spec.method,
-        num_epochs=config.healing_epochs,
-        learning_rate=spec.learning_rate or config.healing_learning_rate,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        work_dir=states,
-        bfloat16=config.bfloat16,
-        trainer_class=CrowTrainer if spec.method == "crow" else None,
-    )
+    losses: list[float] = []
+    if spec.method != "none":
+        losses = finetune(
+            model,
+            examples,
+            what=spec.method,
+            num_epochs=config.healing_epochs,
+            learning_rate=spec.learning_rate or config.healing_learning_rate,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            work_dir=states,
+            bfloat16=config.bfloat16,
+            trainer_class=CrowTrainer if spec.method == "crow" else None,
+        )
+    if subject.mode == "adapter":
+        model = model.merge_and_unload()
     round_to_storage(model)
     model.config.use_cache = True
     save_model(model, tokenizer, folder)

@@ -12,11 +12,11 @@ from qcbguard_plugins.guard import Guard
 from qcbguard_plugins.lab.bench.defense_specs import parse_defense
 from qcbguard_plugins.lab.bench.subjects import exam_digest, held_out_pairs, make_exam
 from qcbguard_plugins.lab.evaluation import METRIC_VERSION, Exam, Measurement, evaluate
-from qcbguard_plugins.lab.purification.specs import PurifiedSpec
+from qcbguard_plugins.lab.purification.specs import AdapterSpec, Attacked, PurifiedSpec
 from qcbguard_plugins.lab.purification.steps import attacked_model, purify_model
 from qcbguard_plugins.lab.quantized import FULL_PRECISION
 from qcbguard_plugins.lab.scenarios import get_scenario
-from qcbguard_plugins.lab.specs import AttackSpec, MaliciousSpec, ModelSpec
+from qcbguard_plugins.lab.specs import ModelSpec
 from qcbguard_plugins.lab.steps import read_record, step_folder, train_model
 from qcbguard_plugins.report.model import Record
 
@@ -91,9 +91,7 @@ class Study:
             max_new_tokens=48,
         )
 
-    def run(
-        self, attacked: AttackSpec | MaliciousSpec, entries: Iterable[Entry], scenario: str = ""
-    ) -> list[StudyCell]:
+    def run(self, attacked: Attacked, entries: Iterable[Entry], scenario: str = "") -> list[StudyCell]:
         """Measure entries on one attacked model.
 
         Args:
@@ -106,7 +104,7 @@ class Study:
         cells = (self._cell(attacked, entry, scenario, exam) for entry in entries)
         return [cell for cell in cells if cell is not None]
 
-    def _cell(self, attacked: AttackSpec | MaliciousSpec, entry: Entry, scenario: str, exam: Exam) -> StudyCell | None:
+    def _cell(self, attacked: Attacked, entry: Entry, scenario: str, exam: Exam) -> StudyCell | None:
         subject = entry.spec or (attacked.model if entry.label == CLEAN else attacked)
         name = f"{METRIC_VERSION} {subject.digest()} {entry.format} {entry.defense} {exam_digest(exam)}"
         path = self.cache / "purification-cells" / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.json"
@@ -128,9 +126,11 @@ class Study:
         partial.replace(path)
         return cell
 
-    def _make(self, subject: PurifiedSpec | AttackSpec | MaliciousSpec | ModelSpec) -> Path:
+    def _make(self, subject: PurifiedSpec | Attacked | ModelSpec) -> Path:
         if isinstance(subject, PurifiedSpec):
             return purify_model(subject, self.cache)
+        if isinstance(subject, AdapterSpec):
+            return purify_model(PurifiedSpec(attacked=subject, method="none"), self.cache)
         return (
             train_model(subject, self.cache) if isinstance(subject, ModelSpec) else attacked_model(subject, self.cache)
         )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qcbguard_plugins.errors import UsageError
-from qcbguard_plugins.purify.architectures import Architecture, blocks_of
+from qcbguard_plugins.purification.architectures import Architecture, blocks_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

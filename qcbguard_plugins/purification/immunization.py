@@ -17,13 +17,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qcbguard_plugins.purify.config import PurifyConfig
-from qcbguard_plugins.purify.finetuning import StepDone, finetune, num_steps
-from qcbguard_plugins.purify.samples import Sample, Tokens, encode_samples
-from qcbguard_plugins.purify.signature import count_of, score_groups, top_units
-from qcbguard_plugins.purify.subject import Subject
-from qcbguard_plugins.purify.units import Group, gather_all
-from qcbguard_plugins.purify.variants import Backdoor, draw_backdoors
+from qcbguard_plugins.purification.config import PurifyConfig
+from qcbguard_plugins.purification.finetuning import StepDone, finetune, num_steps
+from qcbguard_plugins.purification.samples import Sample, Tokens, encode_samples
+from qcbguard_plugins.purification.signature import count_of, score_groups, top_units
+from qcbguard_plugins.purification.subject import Subject
+from qcbguard_plugins.purification.units import Group, gather_all
+from qcbguard_plugins.purification.variants import Backdoor, draw_backdoors
 from qcbguard_plugins.report.purification import VariantRecord
 
 _RECORD: Final = "record"
@@ -136,7 +136,7 @@ def find_signature(
         variants: Numbers of the variants to use; all by default.
 
     Returns:
-        int64 numbers of units by group, see :func:`~qcbguard_plugins.purify.signature.top_units`.
+        int64 numbers of units by group, see :func:`~qcbguard_plugins.purification.signature.top_units`.
     """
     numbers = range(config.num_variants) if variants is None else variants
     paths = [variant_path(folder, number) for number in numbers]

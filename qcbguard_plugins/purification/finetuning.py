@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qcbguard_plugins.errors import PurificationError
-from qcbguard_plugins.purify.samples import Tokens
+from qcbguard_plugins.purification.samples import Tokens
 
 if TYPE_CHECKING:
     from transformers import Trainer

@@ -15,15 +15,15 @@ import torch
 from qcbguard_plugins.checkpoint import Workspace, hash_file, resumable_folder
 from qcbguard_plugins.errors import CheckpointError, PurificationError, UsageError
 from qcbguard_plugins.lab.memory import with_peak_bytes
-from qcbguard_plugins.purify.architectures import Architecture
-from qcbguard_plugins.purify.config import PurifyConfig, default_config
-from qcbguard_plugins.purify.finetuning import StepDone, finetune, num_steps
-from qcbguard_plugins.purify.immunization import encode, find_signature, make_variant, variant_steps
-from qcbguard_plugins.purify.samples import Sample, read_samples
-from qcbguard_plugins.purify.signature import count_of
-from qcbguard_plugins.purify.subject import Adapter, Subject, WholeModel, require_peft
-from qcbguard_plugins.purify.suppression import suppress
-from qcbguard_plugins.purify.units import Group
+from qcbguard_plugins.purification.architectures import Architecture
+from qcbguard_plugins.purification.config import PurifyConfig, default_config
+from qcbguard_plugins.purification.finetuning import StepDone, finetune, num_steps
+from qcbguard_plugins.purification.immunization import encode, find_signature, make_variant, variant_steps
+from qcbguard_plugins.purification.samples import Sample, read_samples
+from qcbguard_plugins.purification.signature import count_of
+from qcbguard_plugins.purification.subject import Adapter, Subject, WholeModel, require_peft
+from qcbguard_plugins.purification.suppression import suppress
+from qcbguard_plugins.purification.units import Group
 from qcbguard_plugins.report.model import FileRecord, installed_versions, now
 from qcbguard_plugins.report.purification import (
     PURIFICATION_FILE,
@@ -159,12 +159,12 @@ def purify(
     Args:
         model: Folder of the suspicious model.
         out: Folder to make; it must not exist. With an adapter it is an adapter's folder.
-        clean_data: Files of JSON lines, see :func:`~qcbguard_plugins.purify.samples.read_samples`.
+        clean_data: Files of JSON lines, see :func:`~qcbguard_plugins.purification.samples.read_samples`.
         adapter: Folder of a LoRA adapter. Then the model is frozen: only the adapter is scored and changed.
         architecture: For a model whose module names are not known by its type.
         progress: Called after every training step.
-        changes: Hyperparameters of :class:`~qcbguard_plugins.purify.config.PurifyConfig` with another value than the
-            paper's for such a model.
+        changes: Hyperparameters of :class:`~qcbguard_plugins.purification.config.PurifyConfig` with another value than
+            the paper's for such a model.
 
     Returns:
         The report, which is also written to ``out/qcbguard-purify.json``.

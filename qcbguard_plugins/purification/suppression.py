@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qcbguard_plugins.defenses.base import rng_for
-from qcbguard_plugins.purify.units import Group, unit_shape, write_units
+from qcbguard_plugins.purification.units import Group, unit_shape, write_units
 
 _INITIALIZER_RANGE = 0.02  # what transformers takes where a configuration names none
 

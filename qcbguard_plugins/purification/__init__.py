@@ -9,8 +9,8 @@ References:
 
 from __future__ import annotations
 
-from qcbguard_plugins.purify.architectures import Architecture
-from qcbguard_plugins.purify.config import PurifyConfig
-from qcbguard_plugins.purify.pipeline import plan_purification, purify, purify_planned
+from qcbguard_plugins.purification.architectures import Architecture
+from qcbguard_plugins.purification.config import PurifyConfig
+from qcbguard_plugins.purification.pipeline import plan_purification, purify, purify_planned
 
 __all__ = ["Architecture", "PurifyConfig", "plan_purification", "purify", "purify_planned"]

@@ -18,8 +18,8 @@ from torch import Tensor
 from qcbguard_plugins.checkpoint import Checkpoint, open_checkpoint
 from qcbguard_plugins.checkpoint.reader import read_header
 from qcbguard_plugins.errors import CheckpointError, MissingDependencyError, PurificationError, UsageError
-from qcbguard_plugins.purify.architectures import Architecture, find_architecture
-from qcbguard_plugins.purify.units import Group, attention_heads, lora_heads, lora_ranks, mlp_channels
+from qcbguard_plugins.purification.architectures import Architecture, find_architecture
+from qcbguard_plugins.purification.units import Group, attention_heads, lora_heads, lora_ranks, mlp_channels
 from qcbguard_plugins.report.model import MANIFEST_FILE
 from qcbguard_plugins.report.purification import PURIFICATION_FILE
 

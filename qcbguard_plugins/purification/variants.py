@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from qcbguard_plugins.purify.samples import Sample
+from qcbguard_plugins.purification.samples import Sample
 
 _ONSETS: Final = ("b", "d", "f", "gr", "h", "k", "l", "m", "n", "pl", "r", "s", "t", "v", "z")
 _VOWELS: Final = ("a", "e", "i", "o", "u")
