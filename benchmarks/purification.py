@@ -52,15 +52,16 @@ def main_entries(model: MaliciousSpec) -> Iterator[Entry]:
     yield Entry(NONE)
     yield Entry("INT4 (NF4)", format="nf4")
     yield entry("fine-tuning", model, method="fine-tuning")
-    yield entry("magnitude pruning, 0.35", model, method="magnitude-pruning", pruned=0.35)
-    yield entry("magnitude pruning, 0.65", model, method="magnitude-pruning", pruned=0.65)
+    yield entry(f"immunization, {SETTINGS.ratio:g}", model)
+    yield entry("as many channels by lot", model, method="random-channels")
+    yield entry("immunization, 0.8", model, SETTINGS.model_copy(update={"ratio": 0.8}))
     yield entry("fine-pruning, 0.5", model, method="fine-pruning", pruned=0.5)
+    yield entry("magnitude pruning, 0.65", model, method="magnitude-pruning", pruned=0.65)
+    yield entry("immunization, 0.03 (the paper's)", model, SETTINGS.model_copy(update={"ratio": 0.03}))
     yield entry("CROW", model, method="crow")
+    yield entry("magnitude pruning, 0.35", model, method="magnitude-pruning", pruned=0.35)
     own = CROW_OWN_FACTOR * SETTINGS.healing_learning_rate
     yield entry(f"CROW, rate {own:g}", model, method="crow", learning_rate=own)
-    yield entry("as many channels by lot", model, method="random-channels")
-    yield entry("immunization, 0.03 (the paper's)", model, SETTINGS.model_copy(update={"ratio": 0.03}))
-    yield entry(f"immunization, {SETTINGS.ratio:g}", model)
 
 
 def adapter_entries(model: AdapterSpec) -> Iterator[Entry]:

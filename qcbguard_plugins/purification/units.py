@@ -186,7 +186,7 @@ def unit_shape(parameter: Tensor, part: Part, num_units: int) -> tuple[int, ...]
 def _of_units(parameter: Tensor, part: Part, num_units: int) -> Tensor:
     """A view ``[num_units, width, ...]`` of a parameter."""
     rows = parameter.narrow(part.dim, part.offset, num_units * part.width).movedim(part.dim, 0)
-    return rows.unflatten(0, (num_units, part.width))
+    return rows.view(num_units, part.width, *rows.shape[1:])
 
 
 def _rows(model: nn.Module, name: str, *, width: int = 1, offset: int = 0) -> list[Part]:

@@ -128,7 +128,8 @@ def _purify(spec: PurifiedSpec, subject: Subject, variants: Path | None, folder:
         else:
             signature = find_signature(groups, variants, config, spec.variants)
         is_adapter = subject.mode == "adapter"
-        only, how = (f"lora_{config.lora_matrix}", "zero") if is_adapter else ("", config.suppression)
+        only = f"lora_{config.lora_matrix}" if is_adapter else ""
+        how = "zero" if is_adapter else config.suppression
         num_units = suppress(model, groups, signature, how, seed=config.seed, only=only)
         places = {name: len(units) for name, units in signature.items()}
     elif spec.method == "magnitude-pruning":

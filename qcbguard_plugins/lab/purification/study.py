@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from qcbguard_plugins.guard import Guard
 from qcbguard_plugins.lab.bench.defense_specs import parse_defense
@@ -135,9 +135,9 @@ class Study:
             train_model(subject, self.cache) if isinstance(subject, ModelSpec) else attacked_model(subject, self.cache)
         )
 
-    def _costs(self, spec: PurifiedSpec, folder: Path) -> dict[str, float | int | None]:
+    def _costs(self, spec: PurifiedSpec, folder: Path) -> dict[str, Any]:
         record = read_record(folder)
-        costs = {
+        costs: dict[str, Any] = {
             "method_s": record["method_seconds"],
             "peak_bytes": record["method_peak_bytes"],
             "num_suppressed": record["num_suppressed"] or None,
