@@ -2,13 +2,15 @@
 
     python benchmarks/data_free_speed.py
 
-Prints the median time of each and their ratio, for every format and dtype.
+Prints the median time of each and their ratio, for every format and dtype; on a GPU with --device cuda.
 """
 
 import argparse
+import json
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import bitsandbytes.functional as bnb
 import torch
@@ -26,6 +28,8 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 def seconds(run: Callable[[], object]) -> float:
     start = time.perf_counter()
     run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
@@ -35,8 +39,10 @@ def quantize(weight: torch.Tensor, name: str) -> Callable[[], object]:
     return lambda: bnb.quantize_4bit(weight, quant_type=name, blocksize=64)
 
 
-def compare(name: str, dtype: torch.dtype, size: int, method: str, repeats: int) -> tuple[float, float]:
-    weight = (torch.randn(size, size, generator=torch.Generator().manual_seed(0)) * 0.02).to(dtype)
+def compare(
+    name: str, dtype: torch.dtype, size: int, method: str, repeats: int, device: str = "cpu"
+) -> tuple[float, float]:
+    weight = (torch.randn(size, size, generator=torch.Generator().manual_seed(0)) * 0.02).to(dtype).to(device)
     grid, defense = get_grid(name), get_defense(method)
     stock = quantize(weight, name)
     times: tuple[list[float], list[float]] = ([], [])
@@ -52,17 +58,27 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=4096, help="rows and columns of the weight")
     parser.add_argument("--method", default="stochastic")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("skipped: no CUDA device")
+    rows = []
     table = Table("format", "dtype", "guard s", "bitsandbytes s", "ratio", box=None)
     for name in FORMATS:
         for dtype in DTYPES:
-            guard, stock = compare(name, dtype, args.size, args.method, args.repeats)
+            guard, stock = compare(name, dtype, args.size, args.method, args.repeats, args.device)
+            rows.append({"format": name, "dtype": str(dtype)[6:], "guard_s": guard, "stock_s": stock})
             table.add_row(name, str(dtype)[6:], f"{guard:.3f}", f"{stock:.3f}", f"{guard / stock:.2f}")
     console = Console()
     console.print(
         f"{args.method}, {args.size}x{args.size}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     )
     console.print(table)
+    if args.json:
+        where = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} threads"
+        report = {"method": args.method, "size": args.size, "where": where, "rows": rows}
+        args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -3,11 +3,13 @@
     python benchmarks/gguf_speed.py --llama-quantize BINARY
 
 Both run on the same number of threads; each time is one run, of the data-free default. The kernels are compiled before,
-as they are on every machine once: a first run takes about a minute longer. Reading and writing are part of both times,
-and so is the question to `llama-quantize --dry-run`, which the guard asks.
+as they are on every machine once: a first run takes about a minute longer. Reading and writing are part of both whole
+times, and so is the question to `llama-quantize --dry-run`, which the guard asks, and its flush to the disk, which
+`llama-quantize` leaves out. The guard's own part is the time that it spends on the tensors between reading and writing.
 """
 
 import argparse
+import json
 import subprocess
 import tempfile
 import time
@@ -16,7 +18,7 @@ from pathlib import Path
 import gguf
 import torch
 
-from qcbguard_plugins.backends.gguf.file import guard_gguf
+from qcbguard_plugins.backends.gguf.file import GgufRun, guard_gguf
 from qcbguard_plugins.backends.gguf.options import GgufOptions
 
 HIDDEN, FFN, NUM_LAYERS = 2048, 5632, 3
@@ -63,18 +65,36 @@ def warm_up(folder: Path, binary: Path) -> None:
         guard_gguf(small, folder / f"small-{recipe}.gguf", recipe, options=GgufOptions(quantize_path=binary))
 
 
+class Clock:
+    """Adds up the time that is spent on tensors."""
+
+    def __init__(self) -> None:
+        self.elapsed_s = 0.0
+        guard_tensor = GgufRun.guard_tensor
+
+        def timed(run: GgufRun, *arguments: object) -> torch.Tensor:
+            start = time.perf_counter()
+            weight = guard_tensor(run, *arguments)
+            self.elapsed_s += time.perf_counter() - start
+            return weight
+
+        GgufRun.guard_tensor = timed
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description="The guard's time beside llama-quantize's.")
     parser.add_argument("--llama-quantize", type=Path, required=True)
     parser.add_argument("--recipe", action="append", choices=RECIPES, help="only this one (repeatable)")
+    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    clock, rows = Clock(), []
     threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as name:
         source = Path(name) / "model.gguf"
         num_weights = write_model(source)
         print(f"{num_weights / 1e6:.0f} M weights, {source.stat().st_size / 1e6:.0f} MB, {threads} threads\n")
-        print("| recipe | llama-quantize s | guard s | ratio | codes landed |\n|---|---|---|---|---|")
+        print("| recipe | llama-quantize s | guard s | ratio | own s | ratio | codes landed |\n" + "|---" * 7 + "|")
         warm_up(Path(name), args.llama_quantize)
         for recipe in args.recipe or RECIPES:
             target, guarded = Path(name) / "quantized.gguf", Path(name) / "guarded.gguf"
@@ -82,13 +102,20 @@ def main() -> None:
             command = [str(args.llama_quantize), str(source), str(target), recipe, str(threads)]
             subprocess.run(command, check=True, capture_output=True)
             stock = time.perf_counter() - start
-            start = time.perf_counter()
+            clock.elapsed_s, start = 0.0, time.perf_counter()
             report = guard_gguf(source, guarded, recipe, options=GgufOptions(quantize_path=args.llama_quantize))
             ours = time.perf_counter() - start
+            own = clock.elapsed_s
             print(
-                f"| {recipe} | {stock:.2f} | {ours:.2f} | {ours / stock:.2f} | {report.share_landed:.3%} |", flush=True
+                f"| {recipe} | {stock:.2f} | {ours:.2f} | {ours / stock:.2f} | {own:.2f} | {own / stock:.2f} | "
+                f"{report.share_landed:.3%} |",
+                flush=True,
             )
+            rows.append({"recipe": recipe, "stock_s": stock, "guard_s": ours, "own_s": own})
             guarded.unlink()
+    if args.json:
+        report = {"num_weights": num_weights, "threads": threads, "rows": rows}
+        args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -13,22 +13,33 @@ from typing import Any
 
 import torch
 from platformdirs import user_cache_path
+from pydantic import Field, TypeAdapter
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from qcbguard_plugins.backends.transformers import load_tokenizer
 from qcbguard_plugins.calibration import calibration_tokens
-from qcbguard_plugins.checkpoint import hash_file, publish_folder
+from qcbguard_plugins.checkpoint import hash_file
+from qcbguard_plugins.checkpoint.resume import KeptWork, bytes_of, hash_bytes, resumable, state_of
+from qcbguard_plugins.checkpoint.shard import make_room
 from qcbguard_plugins.errors import CheckpointError, TargetExistsError, UnguardableError
 from qcbguard_plugins.grids import Grid
 from qcbguard_plugins.guard import Guard
 from qcbguard_plugins.model import Layer, guard_layers, record_of
-from qcbguard_plugins.report.model import TensorRecord, installed_versions
+from qcbguard_plugins.report.model import Record, TensorRecord, installed_versions
 
+_FOLDER = "folder"
 _WEIGHTS_FILE = "guarded.safetensors"
 _RECORD_FILE = "guarded.json"
 _DIGESTS_FILE = "file-digests.json"
+_MEMO = TypeAdapter(dict[str, str])
+
+
+class _Kept(Record):
+    """The record of a cache entry: the seed, and the plan for each tensor."""
+
+    seed: int = Field(ge=0)
+    tensors: tuple[TensorRecord, ...]
 
 
 @dataclass(frozen=True)
@@ -96,32 +107,41 @@ def calibrated_weights(
         "class": type(skeleton).__name__,
         "versions": installed_versions(),
     }
-    folder = cache_dir / hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
+    key = json.loads(json.dumps(key, sort_keys=True, default=str))
+    folder = cache_dir.absolute() / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     if not folder.exists():
-        # Two processes may make the same entry at once: the first to finish is kept.
-        with contextlib.suppress(TargetExistsError), publish_folder(folder, files[0].parent) as temporary:
-            _fill(temporary, skeleton, files, dtype, layers, grid, guard.with_seed(), tokens)
+
+        def state() -> dict[str, list[int]]:
+            return {file.name: state_of(file) for file in files}
+
+        # Of two processes that want an entry, one makes it and the other waits; a killed one's work is taken over.
+        with (
+            contextlib.suppress(TargetExistsError),
+            resumable(folder, _FOLDER, key, state, files[0].parent, wait=True) as partial,
+        ):
+            _fill(partial, _load_full_precision(skeleton, files, dtype), layers, grid, guard, tokens)
     return _open(folder, guard)
 
 
 def _fill(
-    folder: Path,
-    skeleton: Any,
-    files: Sequence[Path],
-    dtype: torch.dtype | None,
-    layers: Mapping[str, Layer],
-    grid: Grid,
-    guard: Guard,
-    tokens: Tensor | None,
+    partial: Path, model: Any, layers: Mapping[str, Layer], grid: Grid, guard: Guard, tokens: Tensor | None
 ) -> None:
-    model = _load_full_precision(skeleton, files, dtype)
-    records = []
-    for name, guarded in guard_layers(model, layers, grid, guard, tokens):
-        records.append(record_of(guarded, name=f"{name}.weight", transposed=layers[name].transposed))
-    weights = {record.name: model.get_parameter(record.name).data.contiguous() for record in records}
-    save_file(weights, folder / _WEIGHTS_FILE)
-    content = {"seed": guard.seed, "tensors": [record.model_dump() for record in records]}
-    (folder / _RECORD_FILE).write_text(json.dumps(content), encoding="utf-8")
+    """Guard the layers of a model into the files of a cache entry, but for those that an interrupted load has done."""
+    kept = KeptWork(partial)
+    seed = kept.remember("seed", lambda: guard.with_seed().seed)
+    folder = partial / _FOLDER
+    folder.mkdir(exist_ok=True)
+    weights = {f"{name}.weight": model.get_parameter(f"{name}.weight").data for name in layers}
+    places = make_room(folder / _WEIGHTS_FILE, {name: (w.dtype, tuple(w.shape)) for name, w in weights.items()})
+    sources = {name: hash_bytes(bytes_of(weight)) for name, weight in weights.items()}
+    records = {name: kept.resumed(places[name], sources[name]) for name in weights}
+    pending = [name for name in layers if records[f"{name}.weight"] is None]
+    for layer, guarded in guard_layers(model, layers, grid, replace(guard, seed=seed), tokens, pending=pending):
+        name = f"{layer}.weight"
+        record = records[name] = record_of(guarded, name=name, transposed=layers[layer].transposed)
+        kept.write(places[name], sources[name], weights[name], record)
+    content = _Kept(seed=seed, tensors=tuple(record for record in records.values() if record is not None))
+    (folder / _RECORD_FILE).write_text(content.model_dump_json(), encoding="utf-8")
 
 
 def _load_full_precision(skeleton: Any, files: Sequence[Path], dtype: torch.dtype | None) -> Any:
@@ -138,10 +158,9 @@ def _load_full_precision(skeleton: Any, files: Sequence[Path], dtype: torch.dtyp
 
 def _open(folder: Path, guard: Guard) -> CalibratedWeights:
     try:
-        content = json.loads((folder / _RECORD_FILE).read_text(encoding="utf-8"))
-        records = [TensorRecord.model_validate(record) for record in content["tensors"]]
-        return CalibratedWeights(folder, replace(guard, seed=content["seed"]), {r.name: r for r in records})
-    except (OSError, ValueError, KeyError) as error:
+        kept = _Kept.model_validate_json((folder / _RECORD_FILE).read_bytes())
+        return CalibratedWeights(folder, replace(guard, seed=kept.seed), {r.name: r for r in kept.tensors})
+    except (OSError, ValueError) as error:
         raise CheckpointError(
             f"the cache {folder} cannot be read: {error}", remedy="Delete that folder and load again."
         ) from error
@@ -151,8 +170,8 @@ def _digests(files: Sequence[Path], cache_dir: Path) -> dict[Path, str]:
     """SHA-256 of each file; one whose path, size, time and inode are known is not read again."""
     memo_path = cache_dir / _DIGESTS_FILE
     memo: dict[str, str] = {}
-    with contextlib.suppress(OSError, ValueError):
-        memo = dict(json.loads(memo_path.read_text(encoding="utf-8")))
+    with contextlib.suppress(OSError, ValueError):  # what cannot be read is made again
+        memo = _MEMO.validate_json(memo_path.read_bytes())
     digests, fresh = {}, {}
     for file in files:
         stat = file.resolve().stat()

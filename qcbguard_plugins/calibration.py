@@ -7,7 +7,6 @@ writes. The sequences need not resemble the task; a handful is enough.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from qcbguard_plugins.errors import CalibrationError, UsageError
+from qcbguard_plugins.json_lines import read_json_lines
 
 _PASSAGE_SEPARATOR = "\n%%\n"
 _MIN_TOKENS = 16
@@ -150,20 +150,13 @@ def _user_texts(texts: Any, field: str) -> Sequence[str]:
 
 
 def _read_texts(path: Path, field: str) -> list[str]:
-    try:
-        content = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(f"calibration text {path} cannot be read: {error}") from error
     if path.suffix != ".jsonl":
-        return [content]
-    texts = []
-    for number, line in enumerate(content.splitlines(), start=1):
-        if not line.strip():
-            continue
         try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise CalibrationError(f"{path.name}, line {number}: {error}") from error
+            return [path.read_text(encoding="utf-8")]
+        except (OSError, UnicodeDecodeError) as error:
+            raise CalibrationError(f"calibration text {path} cannot be read: {error}") from error
+    texts = []
+    for number, row in read_json_lines(path, CalibrationError, "calibration text"):
         if not isinstance(row, dict) or not isinstance(row.get(field), str):
             raise CalibrationError(f"{path.name}, line {number}: no string under {field!r}")
         texts.append(row[field])

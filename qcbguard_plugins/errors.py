@@ -60,6 +60,10 @@ class MissingDependencyError(QcbguardError, ImportError):
     """An optional backend is not installed, or is too old to be hooked."""
 
 
+class MemoryBudgetError(QcbguardError):
+    """What must be in memory at once is larger than the budget."""
+
+
 class UnguardableError(QcbguardError):
     """Tensors that the quantizer will read cannot be guarded, so the result would be incomplete."""
 

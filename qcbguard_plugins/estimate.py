@@ -9,6 +9,7 @@ import torch
 
 from qcbguard_plugins.defenses import Defense, Stochastic
 from qcbguard_plugins.guard import Guard
+from qcbguard_plugins.memory import plan_memory
 from qcbguard_plugins.plan import Plan
 from qcbguard_plugins.report.model import Record
 from qcbguard_plugins.rounding import guard_weight
@@ -36,6 +37,7 @@ class PlanReport(Record):
     method: str
     tensors: tuple[PlannedTensor, ...]
     peak_bytes: int
+    streamed: bool = False
     estimated_s: float
 
     @property
@@ -43,20 +45,22 @@ class PlanReport(Record):
         return sum(tensor.action == "guard" for tensor in self.tensors)
 
 
-def describe_plan(plan: Plan, guard: Guard) -> PlanReport:
-    """Put a plan into a report, with its cost."""
+def describe_plan(plan: Plan, guard: Guard, budget_bytes: int | None = None) -> PlanReport:
+    """Put a plan into a report, with its cost; see :func:`~qcbguard_plugins.memory.plan_memory` for the budget."""
     guarded = [
         PlannedTensor(name=t.name, shape=t.shape, dtype=str(t.dtype).removeprefix("torch."), action="guard")
         for t in plan.targets
     ]
     ignored = [PlannedTensor(name=name, action="ignore") for name in plan.ignored]
     calibrated = guard.method.needs_calibration
+    memory = plan_memory(plan, guard, budget_bytes)
     return PlanReport(
         source=plan.checkpoint.path.resolve().name,
         format=plan.format,
         method=guard.method.name,
         tensors=tuple(guarded + ignored),
-        peak_bytes=plan.peak_bytes(calibrated=calibrated) + round(guard.method.bytes_per_weight * plan.num_weights),
+        peak_bytes=memory.peak_bytes,
+        streamed=memory.streamed,
         estimated_s=_calibrated_seconds(plan, guard) if calibrated else _rounding_seconds(plan, guard.method),
     )
 

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from qcbguard_plugins.defenses.base import Defense, Evidence, rng_for
+from qcbguard_plugins.defenses.stochastic import Stochastic
+from qcbguard_plugins.draws import key_for
 from qcbguard_plugins.errors import UnguardableError
 from qcbguard_plugins.grids.base import Lattice, cut_blocks
-from qcbguard_plugins.grids.ggml import GgmlGrid, SearchedGrid
+from qcbguard_plugins.grids.ggml import FormulaGrid, GgmlGrid, SearchedGrid
 from qcbguard_plugins.grids.ggml_blocks import StoredBlocks
 from qcbguard_plugins.guarded_weight import GuardedWeight, digest_of_rows, row_digests
 from qcbguard_plugins.landing_steps import choose_points, compare, measure
@@ -79,13 +81,14 @@ def guard_on_ggml(
             remedy="llama.cpp stores such a tensor in another type; guard it on that one.",
         )
     settled: dict[str, float | str] = {}
-    job = _Job(weight, grid, name)
+    job, key = _Job(weight, grid, name), key_for(seed, name)
 
     def choose(run: slice) -> tuple[Lattice, Tensor]:
-        return _choose(weight[run], grid, defense, Evidence(rng_for(seed, f"{name}:{run.start}")), name)
+        evidence = Evidence(rng_for(seed, f"{name}:{run.start}"), key=key, first=run.start * columns)
+        return _choose(weight[run], grid, defense, evidence, name)
 
     if defense.needs_calibration:
-        evidence = Evidence(rng_for(seed, name), hessian, attack_seen, up, settled)
+        evidence = Evidence(rng_for(seed, name), hessian, attack_seen, up, settled, key)
         whole, chosen = _choose(weight, grid, defense, evidence, name)
         per_row = columns // chosen.shape[1]
 
@@ -94,7 +97,8 @@ def guard_on_ggml(
             return _part_of(whole, part), chosen[part]
 
     restated = grid.is_restated
-    outcomes = job.carry_out(choose)
+    at_once = isinstance(defense, Stochastic) and job.is_one_pass()
+    outcomes = job.carry_out_at_once(key) if at_once else job.carry_out(choose)
     if grid.is_restated != restated:
         # The real quantizer was found to differ on some rows, so nothing that was answered in its place counts.
         outcomes = job.carry_out(choose)
@@ -142,6 +146,31 @@ class _Job:
         # alone.
         whole_rows = isinstance(grid, SearchedGrid) and grid.importance is not None
         self.unit = weight.shape[1] if whole_rows else grid.block_type.block_size
+
+    def is_one_pass(self) -> bool:
+        """Whether stochastic rounding is compiled as a whole."""
+        grid = self.grid
+        by_formula = isinstance(grid, FormulaGrid) and grid.kernels is not None and grid.outtype == self.weight.dtype
+        return by_formula and self.weight.device.type == "cpu"
+
+    def carry_out_at_once(self, key: int) -> list[_Outcome]:
+        """Guard stochastically; see :meth:`is_one_pass`."""
+        rows, columns = self.weight.shape
+        kernels = self.grid.kernels
+        assert kernels is not None
+
+        def guard(run: slice) -> _Outcome:
+            done = kernels.guard_by_formula(
+                self.grid, self.weight[run], key, run.start * columns, self.guarded[run], self.codes[run]
+            )
+            if not done.is_finite:
+                raise _not_finite(self.name, self.grid)
+            digests = row_digests(done.stored, run.stop - run.start)
+            return _Outcome(
+                digests, done.num_landed, done.num_moved, done.num_frozen, done.energy, done.lost_energy, done.change
+            )
+
+        return map_over_threads(guard, _slices(0, rows, columns, _WEIGHTS_PER_RUN))
 
     def carry_out(self, choose: _Choose) -> list[_Outcome]:
         """Choose, land and count, some rows after the other."""
@@ -264,9 +293,13 @@ def _choose(weight: Tensor, grid: GgmlGrid, defense: Defense, evidence: Evidence
     blocks = cut_blocks(grid.read(weight), grid.block_type.sub_block_size)
     # A sum is several times faster than to look at every weight, and finite weights rarely add up to infinity.
     if not torch.isfinite(blocks.sum()) and not torch.isfinite(blocks).all():
-        raise UnguardableError(f"{name} cannot be guarded: it holds NaN or infinity as {grid.name} reads it")
+        raise _not_finite(name, grid)
     lattice = grid.lattice(blocks, (weight.shape[0], weight.shape[1]), weight.dtype)
     return lattice, defense.choose(lattice, evidence)
+
+
+def _not_finite(name: str, grid: GgmlGrid) -> UnguardableError:
+    return UnguardableError(f"{name} cannot be guarded: it holds NaN or infinity as {grid.name} reads it")
 
 
 def _part_of(lattice: Lattice, part: slice) -> Lattice:

@@ -16,9 +16,10 @@ from qcbguard_plugins.errors import CalibrationError
 from qcbguard_plugins.grids import Grid, get_grid
 from qcbguard_plugins.guard import Guard, as_guard
 from qcbguard_plugins.guarded_weight import GuardedWeight
-from qcbguard_plugins.hessians import gather_hessians
+from qcbguard_plugins.hessians import Weights, WeightsInMemory, gather_hessians
 from qcbguard_plugins.report.model import TensorRecord
 from qcbguard_plugins.rounding import guard_weight
+from qcbguard_plugins.team import ALONE, Team
 
 Progress = Callable[[int], Any]
 
@@ -122,6 +123,8 @@ def guard_layers(
     progress: Progress | None = None,
     *,
     pending: Collection[str] | None = None,
+    weights: Weights | None = None,
+    team: Team = ALONE,
 ) -> Iterator[tuple[str, GuardedWeight]]:
     """Guard the named layers of a model in place, one after the other.
 
@@ -134,25 +137,32 @@ def guard_layers(
             write them.
         progress: Called with the number of weights of each layer when it is done.
         pending: The layers to guard, of those that the method shall know of; all of them by default.
+        weights: Where the model's weights are; in memory by default.
+        team: The processes that share the calibration, each with layers of its own; all of them take every step.
 
     Yields:
         The name of each layer and its guarded weight, ``[out_features, in_features]`` in the dtype that will be read.
     """
     assert guard.seed is not None, "the seed is drawn once a run"
-    attack_seen = not guard.method.weighs_evidence or looks_attacked(_tested(model, layers, grid), guard.seed)
+    weights = weights or WeightsInMemory(model)
+    attack_seen = not guard.method.weighs_evidence or team.first(
+        team.rank == 0 and looks_attacked(_tested(weights, layers, grid), guard.seed)
+    )
     wanted = {name: layer for name, layer in layers.items() if pending is None or name in pending}
     groups: Iterator[Mapping[str, Tensor | None]] = iter([dict.fromkeys(wanted)])
     learned: dict[str, Tensor] = {}
     if guard.method.needs_calibration:
         if tokens is None:
             tokens = self_generated_tokens(guard.calibration, model, seed=guard.seed)
-        tokens = tokens.to(model.device)
+        tokens = team.first(tokens).to(model.device)
         if isinstance(guard.method, WholeModelDefense):
             learned = guard.method.learn(model, _targets(model, layers, grid), tokens, guard.seed)
         else:
-            groups = _hessians(model, tokens, layers, wanted)
+            groups = _hessians(model, tokens, layers, set(team.gather(list(wanted))), weights, team)
     for hessians in groups:
         for name, hessian in hessians.items():
+            if name not in wanted:
+                continue
             module, layer = model.get_submodule(name), layers[name]
             guarded = _guard_layer(
                 module,
@@ -170,23 +180,28 @@ def guard_layers(
 
 
 def _hessians(
-    model: Any, tokens: Tensor, layers: Mapping[str, Layer], wanted: Collection[str]
+    model: Any,
+    tokens: Tensor,
+    layers: Mapping[str, Layer],
+    wanted: Collection[str],
+    weights: Weights,
+    team: Team,
 ) -> Iterator[dict[str, Tensor | None]]:
     """Hessians by layer name, a group at a time; ``None`` for layers that have no inputs."""
     without = [name for name, layer in layers.items() if layer.inputs_of is None and name in wanted]
     by_module = {layer.inputs_of or name: name for name, layer in layers.items() if layer.inputs_of is not None}
     skipped = {module for module, name in by_module.items() if name not in wanted}
-    for group in gather_hessians(model, tokens, list(by_module), skip=skipped):
+    for group in gather_hessians(model, tokens, list(by_module), skip=skipped, weights=weights, team=team):
         yield {by_module[module]: hessian for module, hessian in group.items()}
     # Last, because the blocks that were still to come had read the full-precision table.
     yield dict.fromkeys(without)
 
 
-def _tested(model: Any, layers: Mapping[str, Layer], grid: Grid) -> Iterator[tuple[str, Tensor, Grid]]:
+def _tested(weights: Weights, layers: Mapping[str, Layer], grid: Grid) -> Iterator[tuple[str, Tensor, Grid]]:
     """The weights that the tests look at: those whose choices depend on what they see."""
     for name, layer in layers.items():
         if layer.inputs_of is not None:
-            yield f"{name}.weight", _as_read(model.get_submodule(name), layer), layer.grid or grid
+            yield f"{name}.weight", _as_read(weights.weight(name), layer), layer.grid or grid
 
 
 def _targets(model: Any, layers: Mapping[str, Layer], grid: Grid) -> Iterator[Target]:
@@ -196,13 +211,12 @@ def _targets(model: Any, layers: Mapping[str, Layer], grid: Grid) -> Iterator[Ta
             continue
         readers = dict.fromkeys([name, layer.inputs_of or name])
         modules = tuple(model.get_submodule(reader) for reader in readers)
-        lattice = (layer.grid or grid).planned_lattice_of(_as_read(modules[0], layer))
+        lattice = (layer.grid or grid).planned_lattice_of(_as_read(modules[0].weight.data, layer))
         yield Target(name, modules, layer.transposed, lattice)
 
 
-def _as_read(module: Any, layer: Layer) -> Tensor:
+def _as_read(stored: Tensor, layer: Layer) -> Tensor:
     """The weight as the quantizer reads it, ``[out_features, in_features]``."""
-    stored: Tensor = module.weight.data
     return (stored.T if layer.transposed else stored).to(layer.read_dtype or stored.dtype)
 
 
@@ -220,7 +234,7 @@ def _guard_layer(
     assert guard.seed is not None and isinstance(module.weight, Tensor), "a linear layer, and a seed drawn once a run"
     method = guard.method if layer.inputs_of is not None or not guard.method.needs_calibration else Stochastic()
     stored = module.weight.data
-    weight = _as_read(module, layer)
+    weight = _as_read(stored, layer)
     tensor_name = f"{name}.weight"
     try:
         guarded = guard_weight(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,11 +21,13 @@ from qcbguard_plugins.checkpoint import (
     open_checkpoint,
     resumable_folder,
 )
+from qcbguard_plugins.checkpoint.writer import flush_to_disk
 from qcbguard_plugins.defenses import Defense
-from qcbguard_plugins.errors import VerificationError
 from qcbguard_plugins.grids import Grid
 from qcbguard_plugins.guard import Guard, as_guard
 from qcbguard_plugins.guarded_weight import GuardedWeight
+from qcbguard_plugins.hessians import Weights, WeightsInMemory
+from qcbguard_plugins.memory import model_dtype, plan_memory
 from qcbguard_plugins.model import Layer, Progress, guard_layers, record_of
 from qcbguard_plugins.plan import Plan, Target, make_plan
 from qcbguard_plugins.report.model import (
@@ -41,8 +43,10 @@ from qcbguard_plugins.report.model import (
 )
 from qcbguard_plugins.report.purification import note_purification
 from qcbguard_plugins.rounding import guard_weight
-from qcbguard_plugins.several import coarsest_first, require_all_grids, stock_digest
+from qcbguard_plugins.several import coarsest_first, require_all_grids
 from qcbguard_plugins.team import ALONE, Team
+from qcbguard_plugins.threads import map_over_threads
+from qcbguard_plugins.verification import Behind, Verification, require_as_planned, twin_facts, verify_tensor
 
 if TYPE_CHECKING:
     from qcbguard_plugins.backends.gguf.options import GgufOptions
@@ -87,7 +91,13 @@ def guard_checkpoint(
 
 
 def guard_planned(
-    plan: Plan, dst: Path | str, guard: Guard, *, progress: Progress | None = None, team: Team = ALONE
+    plan: Plan,
+    dst: Path | str,
+    guard: Guard,
+    *,
+    progress: Progress | None = None,
+    team: Team = ALONE,
+    budget_bytes: int | None = None,
 ) -> GuardReport:
     """Carry out a plan; see :func:`guard_checkpoint`.
 
@@ -97,8 +107,14 @@ def guard_planned(
         guard: The method, its seed and calibration.
         progress: Called with the number of weights of each tensor when it is done.
         team: The processes that share the work; each of them calls this with the same arguments and gets the report.
+        budget_bytes: What one process may hold in memory; by default what the machine has left. A model that does not
+            fit is read block by block, with the same outcome.
+
+    Raises:
+        MemoryBudgetError: It cannot be done within the budget.
     """
     start = time.monotonic()
+    streamed = team.first(plan_memory(plan, guard, budget_bytes).streamed)
     request = {"format": plan.format, "ignored": plan.ignored, "versions": installed_versions(), **guard.describe()}
     entries = [plan.checkpoint.tensors[target.key] for target in plan.targets]
     with resumable_folder(Path(dst), plan.checkpoint, request, team) as workspace:
@@ -109,8 +125,22 @@ def guard_planned(
         guard, left_out = team.first((guard, left_out))
         workspace.copy_rest(team.share(plan.checkpoint.shards, plan.checkpoint.num_bytes_of), entries)
         team.wait()
-        guarded = team.gather(_guard_targets(plan, guard, workspace, progress, team))
-        records = {record.name: record for record in guarded}
+        toolchain = plan.gguf.toolchain if plan.gguf else {}
+        made = replace(plan.checkpoint, path=workspace.folder)
+        with Behind() as behind, Verification(made, plan.format, toolchain) as verification:
+            files = _FileHashes(plan.checkpoint, workspace.folder, team, behind)
+            guarded = []
+            for record in _guard_targets(plan, guard, workspace, progress, team, streamed=streamed):
+                guarded.append(record)
+                files.flush(plan.checkpoint.tensors[record.key].shard)
+                # With an importance matrix only the quantized file can be verified; what the real quantizer stores is
+                # the plan.
+                if plan.gguf is None or not plan.gguf.imatrix.digest:
+                    verification.add(record)
+            guarded = team.gather(guarded)
+            require_as_planned(team.gather(verification.verdicts()))
+            records = {record.name: record for record in guarded}
+            file_records = files.gather()
         report = GuardReport(
             created=now(),
             versions=installed_versions(),
@@ -119,28 +149,42 @@ def guard_planned(
             **guard.describe(),
             tensors=tuple(records[target.name] for target in plan.targets),
             unguarded=plan.ignored,
-            files=tuple(_hash_files(plan.checkpoint, workspace.folder, team)),
+            files=tuple(file_records),
             left_out=tuple(left_out),
-            toolchain=plan.gguf.toolchain if plan.gguf else {},
+            toolchain=toolchain | twin_facts(plan.formats),
             purification=note_purification(plan.checkpoint.path),
             elapsed_s=time.monotonic() - start,
         )
         if team.rank == 0:
             (workspace.folder / MANIFEST_FILE).write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        # With an importance matrix only the quantized file can be verified; what the real quantizer stores is the plan.
-        if plan.gguf is None or not plan.gguf.imatrix.digest:
-            mine = team.share(report.tensors, lambda record: record.num_weights)
-            checkpoint = replace(plan.checkpoint, path=workspace.folder)
-            _raise_if_not_as_planned(team.gather(_verify_tensors(checkpoint, mine, report)))
     return report
 
 
-def _hash_files(checkpoint: Checkpoint, folder: Path, team: Team) -> list[FileRecord]:
-    files = [
-        FileRecord(name=shard, sha256_in=hash_file(checkpoint.path / shard), sha256_out=hash_file(folder / shard))
-        for shard in team.share(checkpoint.shards, checkpoint.num_bytes_of)
-    ]
-    return sorted(team.gather(files), key=lambda file: file.name)
+class _FileHashes:
+    """Hashes the shards of the source while tensors are guarded, and those of the outcome when all are there."""
+
+    def __init__(self, checkpoint: Checkpoint, folder: Path, team: Team, behind: Behind) -> None:
+        self._checkpoint, self._folder, self._team, self._behind = checkpoint, folder, team, behind
+        self._shards = team.share(checkpoint.shards, checkpoint.num_bytes_of)
+        self._sources = [behind.submit(functools.partial(hash_file, checkpoint.path / shard)) for shard in self._shards]
+        self._flushes = ThreadPoolExecutor(1)
+        self._flushing: Future[None] | None = None
+
+    def flush(self, shard: str) -> None:
+        """Have a shard written to the disk while others are made, so that little is left for the end."""
+        if self._flushing is None or self._flushing.done():
+            self._flushing = self._flushes.submit(flush_to_disk, self._folder / shard)
+
+    def gather(self) -> list[FileRecord]:
+        """The hashes of all shards, in all processes."""
+        self._team.wait()
+        made = map_over_threads(lambda shard: hash_file(self._folder / shard), self._shards)
+        self._flushes.shutdown()
+        files = [
+            FileRecord(name=shard, sha256_in=source.result(), sha256_out=digest)
+            for shard, source, digest in zip(self._shards, self._sources, made, strict=True)
+        ]
+        return sorted(self._team.gather(files), key=lambda file: file.name)
 
 
 def verify_checkpoint(folder: Path | str, *, progress: Progress | None = None) -> VerifyReport:
@@ -167,10 +211,17 @@ def verify_checkpoint(folder: Path | str, *, progress: Progress | None = None) -
         versions=installed_versions(),
         folder=folder.resolve().name,
         format=report.format,
-        tensors=tuple(_verify_tensors(checkpoint, report.tensors, report, progress)),
+        tensors=tuple(_verdicts(checkpoint, report, progress)),
         changed_files=tuple(changed),
         unguarded=report.unguarded,
     )
+
+
+def _verdicts(checkpoint: Checkpoint, report: GuardReport, progress: Progress | None) -> Iterator[TensorVerdict]:
+    for record in report.tensors:
+        yield verify_tensor(checkpoint, record, report.format, report.toolchain)
+        if progress is not None:
+            progress(record.num_weights)
 
 
 def _copy_other_files(checkpoint: Checkpoint, folder: Path) -> list[str]:
@@ -186,10 +237,9 @@ def _copy_other_files(checkpoint: Checkpoint, folder: Path) -> list[str]:
 
 
 def _guard_targets(
-    plan: Plan, guard: Guard, workspace: Workspace, progress: Progress | None, team: Team
-) -> list[TensorRecord]:
+    plan: Plan, guard: Guard, workspace: Workspace, progress: Progress | None, team: Team, *, streamed: bool
+) -> Iterator[TensorRecord]:
     """Guard this process's share of the targets, but for those that an interrupted run has done."""
-    records = []
     pending = []
     for target in team.share(plan.targets, lambda target: target.num_weights):
         entry = plan.checkpoint.tensors[target.key]
@@ -200,12 +250,12 @@ def _guard_targets(
             continue
         if record is None:
             record = _guard_tensor(target, stored, digest, plan, guard, workspace)
-        records.append(record)
+        yield record
         if progress is not None:
             progress(target.num_weights)
-    if pending:
-        records += _guard_calibrated(plan, pending, guard, workspace, progress)
-    return records
+    # Who has nothing left to guard takes part in the calibration of the others.
+    if team.gather(pending):
+        yield from _guard_calibrated(plan, pending, guard, workspace, progress, team, streamed=streamed)
 
 
 def _guard_tensor(
@@ -222,9 +272,16 @@ def _guard_tensor(
 
 
 def _guard_calibrated(
-    plan: Plan, pending: Sequence[tuple[Target, str]], guard: Guard, workspace: Workspace, progress: Progress | None
+    plan: Plan,
+    pending: Sequence[tuple[Target, str]],
+    guard: Guard,
+    workspace: Workspace,
+    progress: Progress | None,
+    team: Team,
+    *,
+    streamed: bool,
 ) -> Iterator[TensorRecord]:
-    """Load the model in full precision and guard the pending targets, block by block.
+    """Guard the pending targets, block by block, on the model in full precision.
 
     The method is told of all targets, so that a run that goes on where another stopped chooses as one that never did.
     """
@@ -232,8 +289,15 @@ def _guard_calibrated(
 
     tokenizer = load_tokenizer(plan.checkpoint.path)
     guard.calibration.resolve(has_tokenizer=tokenizer is not None)
-    dtypes = {target.dtype for target in plan.targets}
-    model = load_full_precision(plan.checkpoint.path, functools.reduce(torch.promote_types, dtypes))
+    weights: Weights
+    if streamed:
+        from qcbguard_plugins.backends.streaming import StreamedWeights
+
+        weights = StreamedWeights(plan.checkpoint, model_dtype(plan), [target.layer for target in plan.targets])
+        model: Any = weights.model
+    else:
+        model = load_full_precision(plan.checkpoint.path, model_dtype(plan))
+        weights = WeightsInMemory(model)
     grids = {target.layer: _ordered_grids(plan, target) for target in plan.targets}
     layers = {
         target.layer: Layer(target.transposed, target.read_dtype, own[0], target.inputs_of, is_shared=len(own) > 1)
@@ -242,7 +306,10 @@ def _guard_calibrated(
     tokens = calibration_tokens(guard.calibration, model.config, tokenizer)
     targets = {target.layer: (target, digest) for target, digest in pending}
     grid = plan.grids(plan.targets[0])[0]
-    for layer, guarded in guard_layers(model, layers, grid, guard, tokens, progress, pending=targets.keys()):
+    guarded_layers = guard_layers(
+        model, layers, grid, guard, tokens, progress, pending=targets.keys(), weights=weights, team=team
+    )
+    for layer, guarded in guarded_layers:
         target, digest = targets[layer]
         if len(grids[layer]) > 1:
             guarded = require_all_grids(_read(plan.checkpoint, target), guarded, grids[layer], target.name)
@@ -266,46 +333,3 @@ def _read(checkpoint: Checkpoint, target: Target) -> Tensor:
     """The full-precision weight as the quantizers read it."""
     stored = checkpoint.read(target.key)
     return (stored.T if target.transposed else stored).to(target.read_dtype)
-
-
-def _verify_tensors(
-    checkpoint: Checkpoint, records: Sequence[TensorRecord], report: GuardReport, progress: Progress | None = None
-) -> list[TensorVerdict]:
-    verdicts = []
-    for record in records:
-        reason = _why_not_as_planned(checkpoint, record, report)
-        verdicts.append(TensorVerdict(name=record.name, as_planned=not reason, reason=reason))
-        if progress is not None:
-            progress(record.num_weights)
-    return verdicts
-
-
-def _why_not_as_planned(checkpoint: Checkpoint, record: TensorRecord, report: GuardReport) -> str:
-    """Empty where the stock quantizer stores the planned codes, from the stored dtype and from the one that is read."""
-    entry = checkpoint.tensors.get(record.key)
-    stored_shape = record.shape[::-1] if record.transposed else record.shape
-    if entry is None:
-        return "missing"
-    if entry.shape != stored_shape or str(entry.dtype).removeprefix("torch.") != record.dtype:
-        return f"stored as {entry.dtype} {entry.shape}"
-    weight = checkpoint.read(record.key)
-    weight = weight.T if record.transposed else weight
-    compared: Tensor | None = None
-    for dtype in sorted({record.dtype, record.read_dtype}):
-        read = weight.to(getattr(torch, dtype))
-        if compared is not None and torch.equal(read.float(), compared.float()):
-            continue
-        compared = read
-        if stock_digest(read, record.format or report.format, report.toolchain) != record.codes_sha256:
-            return f"the stock quantizer stores other codes from {dtype}"
-    return ""
-
-
-def _raise_if_not_as_planned(verdicts: Sequence[TensorVerdict]) -> None:
-    failed = [f"{verdict.name}  {verdict.reason}" for verdict in verdicts if not verdict.as_planned]
-    if failed:
-        raise VerificationError(
-            f"the stock quantizer would not store {len(failed)} of {len(verdicts)} tensors as planned",
-            details=failed,
-            remedy="Nothing was written. Run 'qcbguard doctor' and report its output with the names above.",
-        )

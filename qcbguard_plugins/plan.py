@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qcbguard_plugins.checkpoint import Checkpoint, TensorEntry, open_checkpoint
-from qcbguard_plugins.errors import UnguardableError, UsageError
+from qcbguard_plugins.errors import CheckpointError, UnguardableError, UsageError
 from qcbguard_plugins.grids import Grid, IntegerGrid, get_grid
 from qcbguard_plugins.rounding import DTYPES
 
@@ -91,22 +91,6 @@ class Plan:
     def num_weights(self) -> int:
         return sum(target.num_weights for target in self.targets)
 
-    def peak_bytes(self, *, calibrated: bool) -> int:
-        """An estimate of the memory that guarding takes beyond the program's own.
-
-        One weight costs its two stored forms, its float32 form and its code; a calibrated run holds the model besides,
-        and for one layer the Hessian, its float64 factors and the working matrices.
-        """
-        if not self.targets:
-            return 0
-        largest = max(self.targets, key=lambda target: target.num_weights)
-        tensor = largest.num_weights * (2 * largest.dtype.itemsize + 5)
-        if not calibrated:
-            return tensor
-        model = sum(entry.num_bytes for entry in self.checkpoint.tensors.values())
-        widest = max(target.shape[1] for target in self.targets)
-        return model + tensor + largest.num_weights * 16 + widest**2 * 32
-
 
 def make_plan(source: Path | str, format: str, *, ignore: Sequence[str] = (), gguf: GgufOptions | None = None) -> Plan:
     """List every tensor that the stock quantizers will read, and how each will be guarded.
@@ -127,6 +111,7 @@ def make_plan(source: Path | str, format: str, *, ignore: Sequence[str] = (), gg
     formats = _split_formats(format)
     checkpoint = open_checkpoint(source)
     config = load_config(checkpoint.path)
+    _require_stored_layers(config, checkpoint)
     skeleton = build_skeleton(config)
     keys = parameter_keys(skeleton, checkpoint.tensors)
     layers = _read_tensors(formats, config, checkpoint, keys, gguf)
@@ -151,6 +136,20 @@ def make_plan(source: Path | str, format: str, *, ignore: Sequence[str] = (), gg
             remedy="Leave them out with --ignore; they will be listed as unguarded and the run will exit 3.",
         )
     return Plan(checkpoint, formats, tuple(targets), tuple(sorted(ignored)), layers.gguf)
+
+
+def _require_stored_layers(config: Any, checkpoint: Checkpoint) -> None:
+    """Refuse a configuration of more layers than there are tensors: a model without weights takes memory too.
+
+    Raises:
+        CheckpointError: It describes another model.
+    """
+    num_layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    if isinstance(num_layers, int) and num_layers > len(checkpoint.tensors):
+        raise CheckpointError(
+            f"config.json describes {num_layers} layers, and the checkpoint holds {len(checkpoint.tensors)} tensors",
+            remedy="The configuration and the weights are not of one model.",
+        )
 
 
 def _split_formats(format: str) -> tuple[str, ...]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from qcbguard_plugins.errors import UsageError
+from qcbguard_plugins.json_lines import read_json_lines
 
 BUILTIN = {
     "chat": (
@@ -78,22 +78,19 @@ def forms_of(prompt: str, tokenizer: Any) -> list[str]:
 
 
 def _read(path: Path) -> list[str]:
-    try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"prompts {path} cannot be read: {error}") from error
     if path.suffix == ".jsonl":
-        lines = [_prompt_of(line, number, path) for number, line in enumerate(lines, start=1)]
+        lines = [_prompt_of(row, number, path) for number, row in read_json_lines(path, UsageError, "prompts")]
+    else:
+        try:
+            lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"prompts {path} cannot be read: {error}") from error
     if not lines or len(lines) > _MAX_PROMPTS:
         raise UsageError(f"{path.name} holds {len(lines)} prompts; give 1 to {_MAX_PROMPTS}")
     return lines
 
 
-def _prompt_of(line: str, number: int, path: Path) -> str:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path.name}, line {number}: {error}") from error
+def _prompt_of(row: Any, number: int, path: Path) -> str:
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
         raise UsageError(f"{path.name}, line {number}: no string under 'prompt'")
     return str(row["prompt"])

@@ -8,14 +8,20 @@ load in another 16- or 32-bit dtype of a 4-bit grid. Scale holders keep their va
 from __future__ import annotations
 
 from dataclasses import astuple, dataclass
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qcbguard_plugins.defenses.base import Defense, Evidence, rng_for
+from qcbguard_plugins.defenses.stochastic import Stochastic
+from qcbguard_plugins.draws import key_for
 from qcbguard_plugins.errors import UnguardableError
 from qcbguard_plugins.grids.base import Grid, Lattice, cut_blocks
+from qcbguard_plugins.grids.codebook import CodebookGrid
 from qcbguard_plugins.grids.ggml import GgmlGrid
+from qcbguard_plugins.grids.int8 import Int8Grid
 from qcbguard_plugins.guarded_weight import GuardedWeight, codes_digest
 from qcbguard_plugins.landing import guard_on_ggml
 from qcbguard_plugins.threads import map_over_threads
@@ -27,6 +33,7 @@ _WEIGHTS_PER_SEGMENT = 1 << 20
 
 # On a processor it is worked on in runs that stay in the cache.
 _WEIGHTS_PER_RUN = 1 << 18
+_WEIGHTS_PER_COMPILED_RUN = 1 << 16
 
 # A frozen weight that holds no scale belongs to a block too small for its dtype. Such blocks may carry at most this
 # share of a tensor's energy; above it a rescaled layer could hide an attack in them.
@@ -88,6 +95,16 @@ def guard_weight(
     )
 
 
+@lru_cache(maxsize=1)
+def load_kernels() -> Any:
+    """The compiled forms for the grids of bitsandbytes; ``None`` without numba."""
+    try:
+        from qcbguard_plugins.kernels import bitsandbytes
+    except ImportError:
+        return None
+    return bitsandbytes
+
+
 def _check(weight: Tensor, name: str) -> None:
     if weight.dim() != 2 or weight.numel() == 0:
         raise UnguardableError(f"{name} cannot be guarded: its shape is {tuple(weight.shape)}, not a non-empty matrix")
@@ -115,13 +132,19 @@ class _Job:
         overwrite: bool,
     ) -> None:
         self.grid, self.defense, self.seed, self.name, self.hessian = grid, defense, seed, name, hessian
-        self.attack_seen, self.up = attack_seen, up
+        self.attack_seen, self.up, self.key = attack_seen, up, key_for(seed, name)
         self.settled: dict[str, float | str] = {}
         self.shape = (weight.shape[0], weight.shape[1])
         self.numel = weight.numel()
         self.source = cut_blocks(weight, grid.block_size_of(self.shape))
         self.guarded = self.source if overwrite else torch.empty_like(self.source)
         self.codes = torch.empty_like(self.source, dtype=torch.uint8)
+        self.kernels = load_kernels() if self._is_one_pass() else None
+
+    def _is_one_pass(self) -> bool:
+        """Whether rounding is compiled as a whole."""
+        known = isinstance(self.grid, (CodebookGrid, Int8Grid)) and isinstance(self.defense, Stochastic)
+        return known and self.source.device.type == "cpu"
 
     def segments(self) -> list[slice]:
         """Runs of blocks with random draws of their own; a method that needs calibration gets all blocks at once."""
@@ -131,24 +154,40 @@ class _Job:
     def round_segment(self, segment: slice) -> _Tally:
         """Round one segment into ``guarded`` and ``codes``."""
         rng = rng_for(self.seed, f"{self.name}:{segment.start}")
-        evidence = Evidence(rng, self.hessian, self.attack_seen, self.up, self.settled)
+        evidence = Evidence(rng, self.hessian, self.attack_seen, self.up, self.settled, key=self.key)
         cached = self.source.device.type == "cpu" and not self.defense.needs_calibration
-        size = _WEIGHTS_PER_RUN if cached else self.source.numel()
-        return sum((self._round(run, evidence) for run in self._slices(segment.start, segment.stop, size)), _Tally())
+        if self.kernels is not None:
+            size, work = _WEIGHTS_PER_COMPILED_RUN, self._round_compiled
+        else:
+            size, work = _WEIGHTS_PER_RUN if cached else self.source.numel(), self._round
+        return sum((work(run, evidence) for run in self._slices(segment.start, segment.stop, size)), _Tally())
 
     def _round(self, run: slice, evidence: Evidence) -> _Tally:
         source = self.source[run]
         settled = self.grid.settle(source)
         lattice = self.grid.lattice(self.grid.read(settled), self.shape, source.dtype)
         if not torch.isfinite(lattice.scale).all():
-            raise UnguardableError(
-                f"{self.name} cannot be guarded: it holds NaN or infinity as {self.grid.name} reads it"
-            )
+            raise self._not_finite()
+        evidence.first = run.start * source.shape[1]
         codes = torch.where(lattice.frozen, lattice.nearest, self.defense.choose(lattice, evidence))
         guarded = torch.where(lattice.frozen, settled, lattice.dequantize(codes).to(source.dtype))
         tally = _tally(lattice, source, guarded, codes, self.numel - run.start * source.shape[1])
         self.codes[run], self.guarded[run] = codes, guarded
         return tally
+
+    def _round_compiled(self, run: slice, evidence: Evidence) -> _Tally:
+        assert self.kernels is not None
+        columns = self.source.shape[1]
+        done = self.kernels.round_run(
+            self.grid, self.source[run], self.numel - run.start * columns, self.key, run.start * columns,
+            self.guarded[run], self.codes[run],
+        )  # fmt: skip
+        if not done.is_finite:
+            raise self._not_finite()
+        return _Tally(done.num_moved, done.num_frozen, done.energy, done.change, done.unplaced_energy)
+
+    def _not_finite(self) -> UnguardableError:
+        return UnguardableError(f"{self.name} cannot be guarded: it holds NaN or infinity as {self.grid.name} reads it")
 
     def _slices(self, start: int, stop: int, num_weights: int) -> list[slice]:
         step = max(1, num_weights // self.source.shape[1])

@@ -66,7 +66,7 @@ def scan_model(
     Raises:
         UsageError: A format is unknown or the path names no model.
         CheckpointError: The model cannot be read safely, or holds nothing to test.
-        MissingDependencyError: SciPy, or for GGUF files the gguf package, is not installed.
+        MissingDependencyError: SciPy is not installed.
     """
     start = time.monotonic()
     _require_scipy()

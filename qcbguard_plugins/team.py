@@ -9,11 +9,12 @@ import contextlib
 import datetime
 import heapq
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
-from torch import distributed
+import torch
+from torch import Tensor, distributed
 
 from qcbguard_plugins.errors import TeamError
 
@@ -63,14 +64,27 @@ class Team:
             distributed.all_gather_object(gathered, list(items))
         return [item for part in gathered for item in part]
 
-    def first(self, value: T) -> T:
-        """The value that the first process passed."""
+    def first(self, value: T, rank: int = 0) -> T:
+        """The value that the first process passed, or the one with another rank."""
         if self.size == 1:
             return value
         box = [value]
         with _named_errors():
-            distributed.broadcast_object_list(box, src=0)
+            distributed.broadcast_object_list(box, src=rank)
         return box[0]
+
+    def send(self, tensors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
+        """The tensors that the process with this rank passed."""
+        if self.size == 1:
+            return dict(tensors)
+        shapes = self.first({name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}, rank)
+        received = {}
+        for name, (shape, dtype) in shapes.items():
+            tensor = tensors[name] if rank == self.rank else torch.empty(shape, dtype=dtype)
+            with _named_errors():
+                distributed.broadcast(tensor, src=rank)
+            received[name] = tensor
+        return received
 
     def wait(self) -> None:
         """Go on when all processes have come here."""

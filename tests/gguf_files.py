@@ -118,3 +118,19 @@ def write_imatrix(path: Path, columns: dict[str, Tensor]) -> Path:
 def string(text: str) -> bytes:
     """A string as GGUF stores it."""
     return struct.pack("<Q", len(text.encode())) + text.encode()
+
+
+def write_quantized(path: Path, type_names: list[str], metadata: dict[str, str]) -> Path:
+    """A file with one tensor of 4 rows and 32 columns for each type, quantized by gguf-py."""
+    writer = gguf.GGUFWriter(path, "llama")
+    for key, value in metadata.items():
+        writer.add_string(key, value)
+    for i, type_name in enumerate(type_names):
+        number = gguf.GGMLQuantizationType[type_name]
+        raw = gguf.quants.quantize(normal(4, 32, seed=i).numpy(), number)
+        writer.add_tensor(f"blk.{i}.ffn_up.weight", raw, raw_dtype=number)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

@@ -1,6 +1,6 @@
-"""Run a guard that is killed before its Nth operation on a file, for N = 1, 1 + EVERY, ..., and resume it each time.
+"""Make something that is killed before its Nth operation on a file, for N = 1, 1 + EVERY, ..., and resume it each time.
 
-    python -m tests.killed_runs SOURCE OUT_DIR METHOD [EVERY]
+    python -m tests.killed_runs folder|gguf|cache SOURCE OUT_DIR METHOD [EVERY]
 
 A process of its own: it forks for each run, so it must not have computed anything before.
 """
@@ -11,24 +11,41 @@ import os
 import shutil
 import signal
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from qcbguard_plugins import Calibration, Guard, guard_checkpoint
 from qcbguard_plugins.defenses import get_defense
 from qcbguard_plugins.plan import make_plan
-from qcbguard_plugins.report.model import MANIFEST_FILE, read_manifest
+from qcbguard_plugins.report.model import MANIFEST_FILE, GuardReport, read_manifest
 
 _OPERATIONS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.chmod"}
 
 
-def run(source: Path, target: Path, method: str, kill_at: int | None = None) -> int:
-    """Guard in a forked process; return its exit status, the negative signal where one ended it."""
+@dataclass(frozen=True)
+class Kind:
+    """Something that a run makes.
+
+    Attributes:
+        make: Makes it from a source under a name.
+        contents: All its bytes, its report without the two times.
+        is_made: Whether it has its name.
+    """
+
+    make: Callable[[Path, Path, Guard], object]
+    contents: Callable[[Path], dict[str, bytes]]
+    is_made: Callable[[Path], bool] = Path.exists
+
+
+def run(kind: Kind, source: Path, target: Path, method: str, kill_at: int | None = None) -> int:
+    """Make it in a forked process; return its exit status, the negative signal where one ended it."""
     pid = os.fork()
     if pid == 0:
         if kill_at is not None:
             _kill_before(kill_at, target.parent)
-        guard = Guard(get_defense(method), seed=7, calibration=Calibration(num_sequences=2, sequence_length=16))
-        guard_checkpoint(source, target, ["nf4"], guard)
+        calibration = Calibration(num_sequences=2, sequence_length=16)
+        kind.make(source, target, Guard(get_defense(method), seed=7, calibration=calibration))
         os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
@@ -49,29 +66,75 @@ def _kill_before(kill_at: int, inside: Path) -> None:
 def contents(folder: Path) -> dict[str, bytes]:
     """All bytes of a folder, and its manifest without the two times."""
     files = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    report = read_manifest(folder).model_copy(update={"created": "", "elapsed_s": 0.0})
-    return {**files, MANIFEST_FILE: report.model_dump_json().encode()}
+    return {**files, MANIFEST_FILE: _timeless(read_manifest(folder))}
+
+
+def gguf_contents(path: Path) -> dict[str, bytes]:
+    """A GGUF file's tensors and its report without the two times."""
+    from qcbguard_plugins.backends.gguf.verify import find_plan
+    from qcbguard_plugins.checkpoint.gguf_reader import open_gguf
+
+    file = open_gguf(path)
+    tensors = {name: bytes(file.read_bytes(name)) for name in file.tensors}
+    return {**tensors, "report": _timeless(find_plan(file, None)), "size": str(path.stat().st_size).encode()}
+
+
+def _timeless(report: GuardReport) -> bytes:
+    return report.model_copy(update={"created": "", "elapsed_s": 0.0}).model_dump_json().encode()
+
+
+def _cache_entry(cache_dir: Path) -> dict[str, bytes]:
+    """The files of the only entry; hidden folders are work in the making."""
+    return {path.name: path.read_bytes() for path in cache_dir.glob("[!.]*/guarded.*")}
+
+
+def _guard_gguf(source: Path, target: Path, guard: Guard) -> None:
+    from qcbguard_plugins.backends.gguf.file import guard_gguf
+
+    guard_gguf(source, target, "Q4_0", guard)
+
+
+def _guarded_load(source: Path, cache_dir: Path, guard: Guard) -> None:
+    from dataclasses import replace
+
+    from transformers import AutoModelForCausalLM
+
+    from qcbguard_plugins import GuardedBitsAndBytesConfig
+
+    config = GuardedBitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", guard=replace(guard, cache_dir=cache_dir)
+    )
+    AutoModelForCausalLM.from_pretrained(source, quantization_config=config)
+
+
+KINDS = {
+    "folder": Kind(lambda source, target, guard: guard_checkpoint(source, target, ["nf4"], guard), contents),
+    "gguf": Kind(_guard_gguf, gguf_contents),
+    "cache": Kind(_guarded_load, _cache_entry, lambda cache_dir: bool(_cache_entry(cache_dir))),
+}
 
 
 def main() -> None:
     """Print the number of places where the run was killed and resumed."""
-    source, out_dir, method = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-    make_plan(source, "nf4")  # imports what it needs, so that the forks do not
-    assert run(source, out_dir / "whole", method) == 0
-    expected = contents(out_dir / "whole")
-    every = int(sys.argv[4]) if len(sys.argv) > 4 else 1
+    kind, source, out_dir, method = KINDS[sys.argv[1]], Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]
+    every = int(sys.argv[5]) if len(sys.argv) > 5 else 1
+    if source.is_dir():
+        make_plan(source, "nf4")  # imports what it needs, so that the forks do not
+    assert run(kind, source, out_dir / "whole", method) == 0
+    expected = kind.contents(out_dir / "whole")
+    assert expected
     num_killed, status = 0, -signal.SIGKILL
     while status == -signal.SIGKILL:
         kill_at = 1 + num_killed * every
         num_killed += 1
         target = out_dir / "killed" / "guarded"
         target.parent.mkdir()
-        status = run(source, target, method, kill_at)
-        if not target.exists():
+        status = run(kind, source, target, method, kill_at)
+        if not kind.is_made(target):
             assert status == -signal.SIGKILL, f"ended with {status} before operation {kill_at}"
-            assert run(source, target, method) == 0, f"not resumed after operation {kill_at}"
+            assert run(kind, source, target, method) == 0, f"not resumed after operation {kill_at}"
             assert [path.name for path in target.parent.iterdir()] == [target.name]
-        assert contents(target) == expected, f"other bytes after a kill at operation {kill_at}"
+        assert kind.contents(target) == expected, f"other bytes after a kill at operation {kill_at}"
         shutil.rmtree(target.parent)
     print(num_killed - 1)
 

@@ -103,10 +103,20 @@ def _require_same_positions(config: Any, model_dir: Path) -> None:
 
 
 def build_skeleton(config: Any) -> PreTrainedModel:
-    """The model without its weights: every parameter on the meta device."""
+    """The model without its weights: every parameter on the meta device.
+
+    Raises:
+        CheckpointError: transformers cannot build it from this configuration.
+    """
     config = copy.deepcopy(config)
-    with torch.device("meta"):
-        skeleton: PreTrainedModel = model_class(config)(config)
+    cls = model_class(config)
+    try:
+        with torch.device("meta"):
+            skeleton: PreTrainedModel = cls(config)
+    except Exception as error:  # as above: a value that the configuration takes may break in the model
+        raise CheckpointError(
+            f"config.json describes no {cls.__name__} that transformers can build: {type(error).__name__}: {error}"
+        ) from error
     return skeleton
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from qcbguard_plugins.checkpoint.reader import Checkpoint, TensorEntry, open_checkpoint
-from qcbguard_plugins.checkpoint.workspace import Workspace, partial_of, resumable_folder
-from qcbguard_plugins.checkpoint.writer import hash_file, publish_file, publish_folder
+from qcbguard_plugins.checkpoint.resume import partial_of
+from qcbguard_plugins.checkpoint.workspace import Workspace, resumable_folder
+from qcbguard_plugins.checkpoint.writer import hash_file
 
 __all__ = [
     "Checkpoint",
@@ -13,7 +14,5 @@ __all__ = [
     "hash_file",
     "open_checkpoint",
     "partial_of",
-    "publish_file",
-    "publish_folder",
     "resumable_folder",
 ]

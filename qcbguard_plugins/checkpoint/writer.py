@@ -5,16 +5,11 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import secrets
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from qcbguard_plugins.errors import CheckpointError, QcbguardError, TargetExistsError, UsageError
-
-_BYTES_PER_COPY = 1 << 24
 
 
 def hash_file(path: Path) -> str:
@@ -23,69 +18,17 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-@contextmanager
-def publish_folder(target: Path, source: Path) -> Iterator[Path]:
-    """A folder that appears under its name when the block ends well, and leaves nothing behind when it does not.
-
-    Args:
-        target: The name it shall have; it must not exist.
-        source: The folder that is read meanwhile, which the target must not lie in.
-
-    Yields:
-        A temporary folder beside the target.
-
-    Raises:
-        TargetExistsError: The target exists.
-        UsageError: The target lies in the source.
-        CheckpointError: The target cannot be written: no room, or no permission.
-    """
-    target = target.absolute()
-    check_new_folder(target, source)
-    temporary = None
-    try:
-        with write_errors(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
-            yield temporary
-            temporary.chmod(0o755)
-            for path in [*temporary.rglob("*"), temporary]:
-                flush_to_disk(path)
-            rename_into_place(temporary, target)
-    finally:
-        if temporary is not None and temporary.exists():
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
-@contextmanager
-def publish_file(target: Path, source: Path) -> Iterator[Path]:
-    """A file that appears under its name when the block ends well, and leaves nothing behind when it does not.
-
-    Args:
-        target: The name it shall have; it must not exist.
-        source: The file that is read meanwhile.
-
-    Yields:
-        The path of a temporary file beside the target, still to be made.
+def check_new_file(target: Path, source: Path) -> None:
+    """Refuse a file that exists, the source among them.
 
     Raises:
         UsageError: The target is the source.
         TargetExistsError: The target exists.
-        CheckpointError: The target cannot be written: no room, or no permission.
     """
-    target = target.absolute()
     if target.exists() and target.samefile(source):
         raise UsageError(f"{target} is the file that is read", remedy="Name another file; nothing is overwritten.")
     if target.exists() or target.is_symlink():
         raise TargetExistsError(f"{target} exists already", remedy="Name a file that does not; nothing is overwritten.")
-    temporary = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
-    try:
-        with write_errors(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            yield temporary
-            flush_to_disk(temporary)
-            rename_into_place(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def check_new_folder(target: Path, source: Path) -> None:
@@ -104,7 +47,7 @@ def check_new_folder(target: Path, source: Path) -> None:
 
 
 @contextmanager
-def write_errors(target: Path, *, remedy: str = "Nothing was left behind.") -> Iterator[None]:
+def write_errors(target: Path, *, remedy: str) -> Iterator[None]:
     """Name the target in an error of the file system, and say what became of the work.
 
     Raises:
@@ -122,12 +65,13 @@ def write_errors(target: Path, *, remedy: str = "Nothing was left behind.") -> I
 
 
 def flush_to_disk(path: Path) -> None:
-    """Have the system write a file or the entries of a folder, so that a power cut after the renaming loses nothing."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """Have the system write a file, or a folder with all that is in it: a power cut later loses nothing."""
+    for part in [*path.rglob("*"), path]:
+        descriptor = os.open(part, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def rename_into_place(temporary: Path, target: Path) -> None:

@@ -7,7 +7,13 @@ from typing import Any
 
 import click
 
-from qcbguard_plugins.cli.options import gguf_options, guard_options, parse_parameters, read_gguf_options
+from qcbguard_plugins.cli.options import (
+    gguf_options,
+    guard_options,
+    max_memory_option,
+    parse_parameters,
+    read_gguf_options,
+)
 from qcbguard_plugins.cli.output import json_option, print_report, progress_bar
 from qcbguard_plugins.errors import UnguardableError
 
@@ -17,6 +23,7 @@ from qcbguard_plugins.errors import UnguardableError
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--for", "recipe", required=True, help="What llama-quantize will be given: Q4_K_M, Q8_0, ...")
 @guard_options("stochastic", "A defense that needs no data.")
+@max_memory_option
 @gguf_options
 @json_option
 def command(
@@ -27,6 +34,7 @@ def command(
     parameters: tuple[str, ...],
     seed: int | None,
     ignore: tuple[str, ...],
+    budget_bytes: int | None,
     json_target: str | None,
     **gguf: Any,
 ) -> int:
@@ -43,6 +51,6 @@ def command(
     require_data_free(guard)
     plan = make_gguf_plan(source, recipe, options, ignore=ignore)
     with progress_bar(plan.num_weights, f"guarding for {recipe}") as progress:
-        report = guard_planned_gguf(plan, out, guard, progress=progress)
+        report = guard_planned_gguf(plan, out, guard, progress=progress, budget_bytes=budget_bytes)
     print_report(report, render_guard(report), json_target)
     return UnguardableError.exit_code if report.unguarded else 0

@@ -7,7 +7,13 @@ from typing import Any
 
 import click
 
-from qcbguard_plugins.cli.options import gguf_options, guard_options, parse_parameters, read_gguf_options
+from qcbguard_plugins.cli.options import (
+    gguf_options,
+    guard_options,
+    max_memory_option,
+    parse_parameters,
+    read_gguf_options,
+)
 from qcbguard_plugins.cli.output import json_option, print_report, progress_bar, quieten_libraries
 from qcbguard_plugins.errors import UnguardableError, UsageError
 
@@ -28,6 +34,7 @@ from qcbguard_plugins.errors import UnguardableError, UsageError
     show_default=True,
     help="builtin, self (the model writes), auto, or the path of a .txt or .jsonl file.",
 )
+@max_memory_option
 @click.option("--dry-run", is_flag=True, help="Print the plan, its memory and its time, and stop.")
 @click.option(
     "--outtype",
@@ -47,6 +54,7 @@ def command(
     seed: int | None,
     calibration: str,
     ignore: tuple[str, ...],
+    budget_bytes: int | None,
     dry_run: bool,
     json_target: str | None,
     **gguf: Any,
@@ -72,12 +80,12 @@ def command(
     quieten_libraries()
     plan = make_plan(model, formats, ignore=ignore, gguf=read_gguf_options(gguf))
     if out is None or dry_run:
-        planned = describe_plan(plan, guard)
+        planned = describe_plan(plan, guard, budget_bytes)
         print_report(planned, render_plan(planned), json_target)
         return 0
     team = join_team()
     with progress_bar(plan.num_weights // team.size, f"guarding for {formats}", shown=team.rank == 0) as progress:
-        result = guard_planned(plan, out, guard, progress=progress, team=team)
+        result = guard_planned(plan, out, guard, progress=progress, team=team, budget_bytes=budget_bytes)
     if team.rank == 0:
         print_report(result, render_guard(result), json_target)
     return UnguardableError.exit_code if result.unguarded else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from qcbguard_plugins.errors import UsageError
 if TYPE_CHECKING:
     from qcbguard_plugins.backends.gguf.options import GgufOptions
 
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kKmMgGtT]?)(iB|B)?")
 _OPTIONS = (
     click.option(
         "--llama-quantize",
@@ -62,6 +64,29 @@ def guard_options(method: str, help: str) -> Callable[[Callable[..., Any]], Call
         return command
 
     return add
+
+
+class Bytes(click.ParamType[int]):
+    """A size with its unit, such as ``6GiB``."""
+
+    name = "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        match = _SIZE.fullmatch(str(value).strip())
+        if match is None:
+            self.fail(f"{value!r} is not a size such as 6GiB, 512MiB or 8GB", param, ctx)
+        power = " kmgt".index(match[2].lower()) if match[2] else 0
+        base = 1024 if match[3] == "iB" else 1000
+        return round(float(match[1]) * float(base**power))
+
+
+max_memory_option = click.option(
+    "--max-memory",
+    "budget_bytes",
+    type=Bytes(),
+    metavar="SIZE",
+    help="What a process may hold in memory, such as 6GiB; by default what the machine has left.",
+)
 
 
 def gguf_options(command: Callable[..., Any]) -> Callable[..., Any]:

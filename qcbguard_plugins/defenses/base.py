@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from qcbguard_plugins.draws import uniform_draws
 from qcbguard_plugins.errors import CalibrationError, UsageError
 from qcbguard_plugins.grids.base import Lattice
 from qcbguard_plugins.registry import Registry
@@ -36,6 +37,8 @@ class Evidence:
         up: Bool ``[out_features, in_features]``, what a whole-model method learned for this weight: true for the upper
             neighbour.
         settled: Where a defense writes down the parameters that it chose by itself, for the report.
+        key: Key of the draws that belong to a place in the weight, see :mod:`qcbguard_plugins.draws`.
+        first: Place in the weight of the first one that the defense is handed.
     """
 
     rng: np.random.Generator
@@ -43,6 +46,17 @@ class Evidence:
     attack_seen: bool = True
     up: Tensor | None = None
     settled: dict[str, float | str] = field(default_factory=dict)
+    key: int | None = None
+    first: int = 0
+
+    def draws(self, like: Tensor) -> Tensor:
+        """float32 draws in [0, 1) in the shape and on the device of ``like``, one for each place in the weight.
+
+        The same for a place wherever a weight is cut, and on every device.
+        """
+        if self.key is None:
+            raise ValueError("this evidence has no key to draw with")
+        return uniform_draws(self.key, self.first, like.numel(), like.device).view(like.shape)
 
     def uniform(self, like: Tensor) -> Tensor:
         """float32 draws in [0, 1) in the shape and on the device of ``like``; the same on every device."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -177,6 +179,13 @@ class _Problem:
 
     def _round_batch(self, columns: slice, pending: Tensor, codes: Tensor, thresholds: Tensor) -> Tensor:
         """Round one batch of columns into ``codes``; return the errors, each over its pivot, for the columns behind."""
+        compiled = _load_kernel() if pending.device.type == "cpu" else None
+        if compiled is not None:
+            codes[:, columns], errors = compiled(
+                pending[:, columns], self._kept[:, columns], self._scale[:, columns], self._frozen[:, columns],
+                thresholds[:, columns], self._factor[columns, columns], self._grid.levels, self._grid.ladder,
+            )  # fmt: skip
+            return errors
         # Transposed, each column is a contiguous row, and every step below works on one of them.
         weight = pending[:, columns].T.contiguous()
         kept, frozen = self._kept[:, columns].T, self._frozen[:, columns].T
@@ -195,6 +204,16 @@ class _Problem:
             weight[i + 1 :] -= within[i, i + 1 :, None] * errors[i]
         codes[:, columns] = chosen.T
         return errors.T
+
+
+@lru_cache(maxsize=1)
+def _load_kernel() -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """The column loop, compiled; ``None`` without numba."""
+    try:
+        from qcbguard_plugins.kernels.feedback import round_batch
+    except ImportError:
+        return None
+    return round_batch
 
 
 def inverse_hessian_factor(hessian: Tensor, damp_percent: float) -> Tensor:

@@ -24,4 +24,4 @@ class Stochastic(Defense):
 
     def choose(self, lattice: Lattice, evidence: Evidence) -> Tensor:
         position = lattice.position
-        return round_up_where(lattice, position > evidence.uniform(position))
+        return round_up_where(lattice, position > evidence.draws(position))

@@ -105,7 +105,8 @@ class Lattice:
         values = self.grid.level_values(codes).mul_(self.divisor)
         if self.base is None:
             bound = self.blocks.abs().amax(1, keepdim=True)
-            return values.clamp_(-bound, bound)
+            # Zero is added to make -0.0 of a negative scale 0.0.
+            return values.add_(0.0).clamp_(-bound, bound)
         return values.add_(self.base).clamp_(self.blocks.amin(1, keepdim=True), self.blocks.amax(1, keepdim=True))
 
     def matrix(self, per_weight: Tensor) -> Tensor:
@@ -116,6 +117,21 @@ class Lattice:
     def from_matrix(self, matrix: Tensor) -> Tensor:
         """The inverse of :meth:`matrix` for a per-weight tensor."""
         return cut_blocks(matrix, self.blocks.shape[1])
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """How a grid turns values in units of the scale into coordinates, in numbers.
+
+    Attributes:
+        inverse_widths: float32 ``[num_levels - 1]``, one over the width of each cell; ``None`` where all are 1.
+        shift: What is taken off a value on even levels.
+        lowest: The lowest coordinate there.
+    """
+
+    inverse_widths: Tensor | None = None
+    shift: float = 0.0
+    lowest: float = 0.0
 
 
 class Grid(ABC):
@@ -173,6 +189,11 @@ class Grid(ABC):
     @abstractmethod
     def coordinate(self, scaled: Tensor) -> Tensor:
         """Map values in units of the scale to the list of levels; values outside it map to its ends."""
+
+    @property
+    @abstractmethod
+    def ladder(self) -> Ladder:
+        """:meth:`coordinate` for a compiled kernel."""
 
     @abstractmethod
     def quantize(self, weight: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qcbguard_plugins.errors import UsageError
-from qcbguard_plugins.grids.base import Grid, Lattice, ramp_coordinate
+from qcbguard_plugins.grids.base import Grid, Ladder, Lattice, ramp_coordinate
 
 # The values of bitsandbytes' tables, as float32. FP4 has two codes for zero; a level is a value, so it appears once.
 _NF4_LEVELS = (
@@ -54,6 +54,10 @@ class CodebookGrid(Grid):
 
     Double quantization of the block scales changes the dequantized values and not the codes, so it needs no grid of
     its own.
+
+    Attributes:
+        midpoints: float32 ``[num_levels - 1]``, halfway between neighbouring levels.
+        inverse_widths: float32 ``[num_levels - 1]``, one over their distances.
     """
 
     def __init__(self, quant_type: str, block_size: int = 64) -> None:
@@ -66,9 +70,10 @@ class CodebookGrid(Grid):
         self.block_size = block_size
         self.name = quant_type if block_size == 64 else f"{quant_type}-b{block_size}"
         self.levels = torch.tensor(_CODEBOOKS[quant_type], dtype=torch.float32)
-        self._midpoints = (self.levels[:-1] + self.levels[1:]) / 2
+        self.midpoints = (self.levels[:-1] + self.levels[1:]) / 2
         widths = self.levels.diff()
-        self._segments = list(zip(self.levels.tolist(), (1.0 / widths).tolist(), strict=False))
+        self.inverse_widths = 1.0 / widths
+        self._segments = list(zip(self.levels.tolist(), self.inverse_widths.tolist(), strict=False))
         self._smallest_half_width = widths.min().item() / 2
 
     def block_size_of(self, shape: tuple[int, int]) -> int:
@@ -93,10 +98,14 @@ class CodebookGrid(Grid):
     def coordinate(self, scaled: Tensor) -> Tensor:
         return ramp_coordinate(scaled, self._segments)
 
+    @property
+    def ladder(self) -> Ladder:
+        return Ladder(self.inverse_widths)
+
     def resolve_ties(self, blocks: Tensor, columns: Tensor) -> Tensor:
         scaled = blocks * blocks.abs().amax(dim=1, keepdim=True).clamp(min=_SMALLEST_DIVISOR).reciprocal()
         single = scaled.gather(1, columns[:, None])[:, 0].clamp_(-1, 1)
-        return torch.bucketize(single, self._midpoints.to(blocks.device), out_int32=True).to(torch.uint8)
+        return torch.bucketize(single, self.midpoints.to(blocks.device), out_int32=True).to(torch.uint8)
 
     def quantize(self, weight: Tensor) -> Tensor:
         values = weight.reshape(-1).float()
@@ -108,5 +117,5 @@ class CodebookGrid(Grid):
             # The stock kernel divides the short last block instead of multiplying it by a reciprocal.
             rest = values[num_full:]
             scaled = torch.cat([scaled, rest / rest.abs().max().clamp(min=_SMALLEST_DIVISOR)])
-        codes = torch.bucketize(scaled.clamp_(-1, 1), self._midpoints.to(weight.device), out_int32=True)
+        codes = torch.bucketize(scaled.clamp_(-1, 1), self.midpoints.to(weight.device), out_int32=True)
         return codes.to(torch.uint8).view(weight.shape)

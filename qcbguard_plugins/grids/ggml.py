@@ -11,12 +11,13 @@ References:
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from qcbguard_plugins.grids.base import Grid, Lattice, cut_blocks, ramp_coordinate
+from qcbguard_plugins.grids.base import Grid, Ladder, Lattice, cut_blocks, ramp_coordinate
 from qcbguard_plugins.grids.ggml_blocks import IQ4_LEVELS, BlockType, StoredBlocks
 
 # Types whose sub-blocks have an offset of their own: both ends of a sub-block hold its scale.
@@ -35,6 +36,31 @@ class Quantizer(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class GuardedRun:
+    """What became of some rows that were guarded in one pass.
+
+    Attributes:
+        stored: What the quantizer stores for them.
+        num_moved: Weights whose code is not the nearest.
+        num_frozen: Weights that have no choice.
+        num_landed: Weights that are stored as chosen.
+        energy: Sum of the squared weights.
+        lost_energy: That of blocks that hold a single value.
+        change: Sum of the squared changes.
+        is_finite: False where a weight is not; then nothing else counts.
+    """
+
+    stored: StoredBlocks
+    num_moved: int
+    num_frozen: int
+    num_landed: int
+    energy: float
+    lost_energy: float
+    change: float
+    is_finite: bool
+
+
 class Kernels(Protocol):
     """What this module and :mod:`qcbguard_plugins.landing_steps` do in torch, compiled."""
 
@@ -48,6 +74,12 @@ class Kernels(Protocol):
 
     def formula_stored(self, grid: GgmlGrid, blocks: Tensor, /) -> StoredBlocks:
         """What a type with a formula stores."""
+        ...
+
+    def guard_by_formula(
+        self, grid: GgmlGrid, weight: Tensor, key: int, first: int, guarded: Tensor, codes: Tensor, /
+    ) -> GuardedRun:
+        """Guard some rows stochastically for a type with a formula; ``guarded`` and ``codes`` are filled."""
         ...
 
     def choose_points(self, lattice: Lattice, chosen: Tensor, /) -> tuple[Tensor, Tensor, int, int]:
@@ -102,6 +134,12 @@ class GgmlGrid(Grid):
         if self.block_type.levels == IQ4_LEVELS:
             return ramp_coordinate(scaled, self._segments)
         return (scaled - self.levels[0].item()).clamp_(self.lowest_code, self.num_levels - 1)
+
+    @property
+    def ladder(self) -> Ladder:
+        if self.block_type.levels == IQ4_LEVELS:
+            return Ladder(1.0 / self.levels.diff())
+        return Ladder(shift=self.levels[0].item(), lowest=self.lowest_code)
 
     @abstractmethod
     def stored(self, weight: Tensor) -> StoredBlocks:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qcbguard_plugins.grids.base import Grid, Lattice
+from qcbguard_plugins.grids.base import Grid, Ladder, Lattice
 
 _MAX_CODE = 127
 # bitsandbytes dequantizes with this float32 constant and not with a division.
@@ -17,7 +17,7 @@ _INVERSE_MAX_CODE = 7.874015718698502e-3
 
 # The quantizer reads weights as float16. A bfloat16 grid point lies at least 0.04 steps inside its cell near the top
 # of a row; below this row maximum half a float16 subnormal step would eat that.
-_SMALLEST_ABSMAX = 2.0**-13
+SMALLEST_ABSMAX = 2.0**-13
 
 
 class Int8Grid(Grid):
@@ -38,12 +38,16 @@ class Int8Grid(Grid):
         magnitudes = blocks.abs()
         absmax = magnitudes.amax(dim=1, keepdim=True)
         steps_per_unit = torch.where(absmax > 0, _MAX_CODE / absmax, torch.zeros_like(absmax))
-        holders = (magnitudes == absmax).logical_or_(absmax < _SMALLEST_ABSMAX)
+        holders = (magnitudes == absmax).logical_or_(absmax < SMALLEST_ABSMAX)
         coordinate = self.coordinate(blocks * steps_per_unit)
         return Lattice(self, blocks, absmax * _INVERSE_MAX_CODE, coordinate, holders, shape)
 
     def coordinate(self, scaled: Tensor) -> Tensor:
         return (scaled + _MAX_CODE).clamp_(0, 2 * _MAX_CODE)
+
+    @property
+    def ladder(self) -> Ladder:
+        return Ladder(shift=-_MAX_CODE)
 
     def resolve_ties(self, blocks: Tensor, columns: Tensor) -> Tensor:
         scaled = blocks * (_MAX_CODE / blocks.abs().amax(dim=1, keepdim=True))

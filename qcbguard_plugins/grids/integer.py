@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qcbguard_plugins.errors import UsageError
-from qcbguard_plugins.grids.base import Grid, Lattice, cut_blocks
+from qcbguard_plugins.grids.base import Grid, Ladder, Lattice, cut_blocks
 
 WHOLE_TENSOR = -1
 """As a group size: one scale for all weights."""
@@ -139,8 +139,12 @@ class IntegerGrid(Grid):
 
     def coordinate(self, scaled: Tensor) -> Tensor:
         # The lowest of an even number of symmetric levels lies beyond the holders: a weight there would become one.
+        return scaled.clamp(self.ladder.lowest, self.num_levels - 1)
+
+    @property
+    def ladder(self) -> Ladder:
         beyond = self.span is Span.SYMMETRIC and self.num_levels % 2 == 0
-        return scaled.clamp(1 if beyond else 0, self.num_levels - 1)
+        return Ladder(lowest=1.0 if beyond else 0.0)
 
     def quantize(self, weight: Tensor) -> Tensor:
         blocks = cut_blocks(self.read(weight), self.block_size_of((weight.shape[0], weight.shape[1])))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
 from qcbguard_plugins.errors import UsageError
+from qcbguard_plugins.json_lines import read_json_lines
 from qcbguard_plugins.lab.corpus import Pair
 
 #: Names under which data sets keep the three parts.
@@ -46,15 +46,7 @@ def read_instructions(folder: Path) -> list[Pair]:
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} cannot be read: {error}") from error
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line) if line.strip() else {}
-        except ValueError as error:
-            raise UsageError(f"{path.name}, line {number}: {error}") from error
+    for _, row in read_json_lines(path, UsageError, "instruction data"):
         if isinstance(row, dict):
             yield row
 

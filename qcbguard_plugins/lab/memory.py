@@ -9,9 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from qcbguard_plugins.memory import read_status
+
 T = TypeVar("T")
 
-_STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_RESET = Path("/proc/self/clear_refs")
 # The kernel sets the high-water mark back to the present size when it is sent this number (proc_pid_clear_refs(5)).
 _RESET_HIGH_WATER_MARK = "5"
 
@@ -24,9 +26,9 @@ def with_peak_bytes(work: Callable[[], T]) -> tuple[T, int | None]:
         tell (anything but Linux).
     """
     _return_freed_memory()
-    before = _read("VmRSS") if _reset() else None
+    before = read_status("VmRSS") if _reset() else None
     result = work()
-    peak = _read("VmHWM")
+    peak = read_status("VmHWM")
     return result, None if before is None or peak is None else max(0, peak - before)
 
 
@@ -43,11 +45,3 @@ def _reset() -> bool:
     except OSError:
         return False
     return True
-
-
-def _read(field: str) -> int | None:
-    try:
-        lines = _STATUS.read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), None)

@@ -6,17 +6,16 @@ stopped goes on from its last saved state; two processes that want the same fold
 
 from __future__ import annotations
 
-import fcntl
 import json
 import resource
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
+import filelock
 import torch
 
 from qcbguard_plugins.backends.transformers import load_full_precision, load_tokenizer
@@ -150,7 +149,7 @@ def make_step(kind: str, spec: Spec, cache: Path, make: Make) -> Path:
     if folder.exists():
         return folder
     cache.mkdir(parents=True, exist_ok=True)
-    with _lock(cache / f".{name}.lock"):
+    with filelock.FileLock(cache / f".{name}.lock"):  # another process may be making the same folder
         if folder.exists():
             return folder
         states, content = work / "states", work / "folder"
@@ -174,14 +173,6 @@ def make_step(kind: str, spec: Spec, cache: Path, make: Make) -> Path:
         content.replace(folder)
         shutil.rmtree(work)
     return folder
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Wait for any other process that makes the same folder."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _load(model_dir: Path) -> tuple[Any, Any]:

@@ -56,7 +56,7 @@ def top_units(scores: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
     everything = torch.cat(list(scores.values()))
     chosen = torch.zeros(len(everything), dtype=torch.bool)
     chosen[everything.argsort(descending=True, stable=True)[:count]] = True
-    parts = torch.split(chosen, [len(group) for group in scores.values()])  # type: ignore[no-untyped-call]
+    parts = torch.split(chosen, [len(group) for group in scores.values()])
     found = {name: part.nonzero().flatten() for name, part in zip(scores, parts, strict=True)}
     return {name: units for name, units in found.items() if len(units)}
 

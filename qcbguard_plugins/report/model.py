@@ -36,6 +36,10 @@ _REPORTED_PACKAGES = (
 )
 
 
+# The dtypes of weights that can be guarded; the names are looked up in torch.
+_DTYPE = "^(float32|float16|bfloat16)$"
+
+
 class Record(BaseModel):
     """A part of a report: immutable, and strict about unknown fields."""
 
@@ -68,8 +72,8 @@ class TensorRecord(Record):
     key: str
     shape: tuple[int, int]
     transposed: bool
-    dtype: str
-    read_dtype: str
+    dtype: str = Field(pattern=_DTYPE)
+    read_dtype: str = Field(pattern=_DTYPE)
     num_weights: int = Field(ge=0)
     num_moved: int = Field(ge=0)
     num_frozen: int = Field(ge=0)

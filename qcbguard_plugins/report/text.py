@@ -7,6 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qcbguard_plugins.estimate import PlanReport
+from qcbguard_plugins.memory import human_bytes
 from qcbguard_plugins.report.model import GuardReport, VerifyReport
 
 _MAX_ROWS = 40
@@ -23,6 +24,8 @@ def render_plan(report: PlanReport) -> Group:
         f"{report.num_guarded} of {len(report.tensors)} target tensors will be guarded with {report.method}",
         f"peak memory about {human_bytes(report.peak_bytes)}, time about {human_seconds(report.estimated_s)}",
     ]
+    if report.streamed:
+        lines.append("the model does not fit into that, and is read block by block")
     return Group(table, Text("\n".join(lines)))
 
 
@@ -56,15 +59,6 @@ def render_verify(report: VerifyReport) -> Group:
         "the planned codes" + ("" if report.share_landed is None else f", {report.share_landed:.2%} of all")
     )
     return Group(Text("\n".join(lines)))
-
-
-def human_bytes(count: float) -> str:
-    """A number of bytes in the largest unit that keeps it above one."""
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}"
-        count /= 1024
-    return f"{count:.1f} GiB"
 
 
 def human_seconds(seconds: float) -> str:

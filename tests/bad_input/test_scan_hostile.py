@@ -17,6 +17,7 @@ from qcbguard_plugins.errors import CheckpointError
 from qcbguard_plugins.report.scan_html import render_html
 from qcbguard_plugins.report.scan_text import render_markdown
 from qcbguard_plugins.scan import scan_model
+from tests.bad_input.test_gguf_files import CASES as GGUF_CASES
 from tests.unit.detection_models import clean_folder, random_weight
 
 NAME = "model.layers.0.mlp.up_proj.weight"
@@ -138,3 +139,12 @@ def test_any_damage_to_a_file_is_an_error_or_a_report(tmp_path: Path, data: st.D
     except CheckpointError:
         return
     assert report.num_targets >= 1
+
+
+@pytest.mark.parametrize("name", sorted(GGUF_CASES.keys() - {"quantized-already", "no-architecture"}))
+def test_a_malformed_gguf_file_is_refused_at_once(name: str, tmp_path: Path) -> None:
+    """Counts are compared with the size of the file before anything is read by them."""
+    content, reason = GGUF_CASES[name]
+    (tmp_path / "model.gguf").write_bytes(content)
+    with pytest.raises(CheckpointError, match=reason):
+        scan_model(tmp_path / "model.gguf")

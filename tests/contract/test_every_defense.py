@@ -8,6 +8,7 @@ from torch import Tensor
 
 from qcbguard_plugins.backends.bitsandbytes.stock import stock_codes
 from qcbguard_plugins.defenses import Evidence, WholeModelDefense, available_defenses, get_defense, rng_for
+from qcbguard_plugins.draws import key_for
 from qcbguard_plugins.grids import FORMATS, get_grid
 from qcbguard_plugins.rounding import guard_weight
 
@@ -40,7 +41,7 @@ def test_lands_as_planned(method: str, name: str, dtype: torch.dtype) -> None:
 
 def test_chooses_one_code_a_weight(method: str, name: str) -> None:
     lattice = get_grid(name).lattice_of(weight_of())
-    codes = get_defense(method).choose(lattice, Evidence(rng_for(0, "w"), hessian()))
+    codes = get_defense(method).choose(lattice, Evidence(rng_for(0, "w"), hessian(), key=key_for(0, "w")))
     assert codes.shape == lattice.blocks.shape
     assert codes.dtype == torch.uint8
     assert int(codes.max()) < lattice.grid.num_levels

@@ -10,9 +10,10 @@ from qcbguard_plugins.backends.gguf.grids import gguf_grid
 from qcbguard_plugins.backends.gguf.judge import CheckedQuantizer, checked_quantizer, load_kernels
 from qcbguard_plugins.backends.gguf.library import load_library
 from qcbguard_plugins.defenses import get_defense
+from qcbguard_plugins.errors import UnguardableError
 from qcbguard_plugins.grids.ggml import FormulaGrid, GgmlGrid, SearchedGrid
 from qcbguard_plugins.grids.ggml_blocks import BLOCK_TYPES, StoredBlocks
-from qcbguard_plugins.guarded_weight import blocks_digest
+from qcbguard_plugins.guarded_weight import GuardedWeight, blocks_digest
 from qcbguard_plugins.rounding import guard_weight
 from tests.gguf_files import normal
 from tests.parity.test_gguf_types import hard_weight
@@ -134,3 +135,27 @@ def test_a_grid_without_kernels_needs_no_numba() -> None:
     for grid in grids:
         guarded = guard_weight(normal(8, 256), grid, get_defense("stochastic"), seed=0, name="w")
         assert torch.equal(grid.quantize(guarded.weight), guarded.codes)
+
+
+# One over a denormal scale is infinite, and what ggml's formulas make of that no language defines.
+@pytest.mark.parametrize("kind", sorted(difficult().keys() - {"denormal"}))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", [name for name, block_type in BLOCK_TYPES.items() if not block_type.searched])
+def test_one_pass_gives_the_bits_of_torch(name: str, dtype: torch.dtype, kind: str) -> None:
+    weight = difficult()[kind].to(dtype)
+    outcomes: list[GuardedWeight | str] = []
+    for kernels in (load_kernels(), None):
+        try:
+            grid = FormulaGrid(BLOCK_TYPES[name], dtype, kernels)
+            outcomes.append(guard_weight(weight, grid, get_defense("stochastic"), seed=1, name="w"))
+        except UnguardableError as error:
+            outcomes.append(str(error))
+    one, other = outcomes
+    if isinstance(one, str) or isinstance(other, str):
+        assert one == other
+        return
+    assert torch.equal(one.weight.view(torch.uint8), other.weight.view(torch.uint8))
+    assert torch.equal(one.codes, other.codes)
+    assert (one.num_moved, one.num_frozen, one.num_landed) == (other.num_moved, other.num_frozen, other.num_landed)
+    assert one.digest == other.digest
+    assert one.relative_change == pytest.approx(other.relative_change, rel=1e-4, abs=1e-12)

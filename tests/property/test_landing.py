@@ -6,6 +6,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, reject, settings
+from scipy.stats import binom
 from torch import Tensor
 
 from qcbguard_plugins.backends.bitsandbytes.stock import stock_codes
@@ -18,6 +19,8 @@ from qcbguard_plugins.rounding import guard_weight
 FORMATS = ["nf4", "fp4", "nf4-b128", "fp4-b32", "int8"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 DEFENSES: list[Defense] = [Stochastic(), FlipGuard(), FlipGuard(0.5), QVec(1.0), Noise(0.5), Feedback()]
+# Below this the float16 that int8 reads cannot hold 256 levels.
+_SMALLEST_INT8_ROW = 2.0**-13
 
 weights = st.builds(
     lambda rows, columns, seed, log_scale, spread, dtype: _weight(rows, columns, seed, log_scale, spread).to(dtype),
@@ -48,7 +51,7 @@ def _guard(weight: Tensor, name: str, defense: Defense, seed: int, hessian: Tens
     if name == "int8":
         read = weight.half().double()
         largest = read.abs().amax(dim=1, keepdim=True)
-        held_by_none = torch.where((largest < 2.0**-13) & (read.abs() < largest), read, 0)
+        held_by_none = torch.where((largest < _SMALLEST_INT8_ROW) & (read.abs() < largest), read, 0)
         if held_by_none.square().sum() > 1e-6 * read.square().sum():
             with pytest.raises(UnguardableError, match="energy lies in blocks so small"):
                 guard_weight(weight, get_grid(name), defense, seed=seed, name="w", hessian=hessian)
@@ -78,7 +81,10 @@ def test_four_bit_plans_survive_a_load_in_another_dtype(weight: Tensor, name: st
 @settings(max_examples=60, deadline=None)
 @given(weight=weights, name=st.sampled_from(["nf4", "fp4", "int8"]), seed=st.integers(0, 2**63))
 def test_no_weight_is_left_at_a_threshold(weight: Tensor, name: str, seed: int) -> None:
-    """Every weight keeps 1e-6 of its block's scale from a threshold: kernels that differ by an ulp agree."""
+    """Every weight keeps 1e-6 of its block's scale from a threshold: kernels that differ by an ulp agree.
+
+    Rows that are too small for int8 are stored as they came.
+    """
     grid = get_grid(name)
     guarded = _guard(weight, name, Stochastic(), seed)
     blocks = cut_blocks(grid.read(guarded.weight), grid.block_size_of((weight.shape[0], weight.shape[1])))
@@ -86,7 +92,8 @@ def test_no_weight_is_left_at_a_threshold(weight: Tensor, name: str, seed: int) 
     levels = grid.levels if isinstance(grid, CodebookGrid) else grid.levels / 127
     thresholds = (levels[:-1] + levels[1:]) / 2
     distance = (scaled[..., None] - thresholds).abs().amin(dim=-1)
-    assert distance.min() > 1e-6
+    placed = blocks.abs().amax(dim=1) >= (_SMALLEST_INT8_ROW if name == "int8" else 0.0)
+    assert (distance[placed] > 1e-6).all()
 
 
 @settings(max_examples=40, deadline=None)
@@ -102,13 +109,14 @@ def test_scales_and_frozen_weights_do_not_move(weight: Tensor, name: str, seed: 
 @settings(max_examples=40, deadline=None)
 @given(weight=weights, name=st.sampled_from(FORMATS), seed=st.integers(0, 2**63))
 def test_guarding_twice_changes_nothing_more(weight: Tensor, name: str, seed: int) -> None:
-    """Grid points have nothing left to round: the guarded model is its own quantized model."""
+    """Grid points have nothing left to round: the guarded model is its own quantized model.
+
+    A stored grid point lies a rounding error of its dtype beside the exact one, and moves with that chance.
+    """
     once = _guard(weight, name, Stochastic(), seed)
     twice = guard_weight(once.weight, get_grid(name), Stochastic(), seed=seed + 1, name="w")
-    coarse = once.weight.dtype != torch.float32
-    moved = (twice.codes != once.codes).float().mean()
-    # A 16-bit grid point lies a rounding error beside the exact one, which is the chance that it moves.
-    assert moved <= (0.25 if coarse and name == "int8" else 0.05)
+    chance = 0.25 if name == "int8" else 1e-5 if weight.dtype == torch.float32 else 0.05
+    assert int((twice.codes != once.codes).sum()) <= binom.isf(1e-9, weight.numel(), chance)
 
 
 @pytest.mark.parametrize("name", FORMATS)

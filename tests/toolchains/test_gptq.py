@@ -154,6 +154,12 @@ class TestDirectly:
         self.quantize(self.load(guarded), tmp_path / "quantized")
         assert verify_gptq(tmp_path / "quantized", plan=guarded).clean
 
+    def test_columns_sorted_by_their_inputs_come_through_where_the_groups_stay(
+        self, guarded: Path, tmp_path: Path
+    ) -> None:
+        self.quantize(self.load(guarded, desc_act=True, static_groups=True), tmp_path / "quantized")
+        assert verify_gptq(tmp_path / "quantized", plan=guarded).clean
+
     def test_guarding_in_place_equals_nothing_else_but_the_guard(self, tmp_path: Path) -> None:
         from qcbguard_plugins.backends.gptq.direct import guard_gptq_model
 

@@ -15,6 +15,7 @@ RECIPES = {
     "quanto_recipe.py": "optimum.quanto",
     "autoround_recipe.py": "auto_round",
     "llm_compressor_recipe.py": "llmcompressor",
+    "awq_recipe.py": "llmcompressor",
 }
 
 

@@ -23,6 +23,7 @@ from qcbguard_plugins.defenses import (
     rng_for,
 )
 from qcbguard_plugins.defenses.feedback import inverse_hessian_factor
+from qcbguard_plugins.draws import key_for
 from qcbguard_plugins.errors import CalibrationError, UsageError
 from qcbguard_plugins.grids import Lattice, get_grid
 
@@ -35,7 +36,7 @@ def lattice_of(name: str = "nf4", seed: int = 0) -> Lattice:
 
 
 def evidence(hessian: Tensor | None = None) -> Evidence:
-    return Evidence(rng_for(0, "w"), hessian)
+    return Evidence(rng_for(0, "w"), hessian, key=key_for(0, "w"))
 
 
 def inputs(rows: int = 400) -> Tensor:
@@ -56,7 +57,7 @@ def test_stochastic_rounding_is_unbiased(name: str) -> None:
     num_seeds = 400
     total = torch.zeros_like(lattice.blocks)
     for seed in range(num_seeds):
-        total += lattice.dequantize(Stochastic().choose(lattice, Evidence(rng_for(seed, "w"))))
+        total += lattice.dequantize(Stochastic().choose(lattice, Evidence(rng_for(seed, "w"), key=key_for(seed, "w"))))
     step = lattice.dequantize(lattice.lower + 1) - lattice.dequantize(lattice.lower)
     standard_error = step * (lattice.position * (1 - lattice.position) / num_seeds).sqrt()
     z = ((total / num_seeds - lattice.blocks) / standard_error.clamp(min=1e-9))[~lattice.frozen]
@@ -268,12 +269,12 @@ def test_a_defense_is_plain_data(defense: Defense) -> None:
 def test_a_grid_point_stays_whatever_is_drawn() -> None:
     """The largest draw below one, taken off a coordinate of 128, is 127 in float32."""
 
-    class LargestDraw(np.random.Generator):
-        def random(self, size: object = None, dtype: object = None, out: object = None) -> np.ndarray:
-            return np.full(size, 1 - 2.0**-24, dtype=np.float32)
+    class LargestDraw(Evidence):
+        def draws(self, like: Tensor) -> Tensor:
+            return torch.full_like(like, 1 - 2.0**-24)
 
     weight = torch.zeros(2, 32)
     weight[:, 0] = 0.027
     lattice = get_grid("gptq-w8g32").lattice_of(weight)
-    codes = Stochastic().choose(lattice, Evidence(LargestDraw(np.random.PCG64(0))))
+    codes = Stochastic().choose(lattice, LargestDraw(rng_for(0, "w")))
     assert torch.equal(codes[:, 1:], torch.full((2, 31), 128, dtype=torch.uint8))

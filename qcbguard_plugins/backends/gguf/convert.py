@@ -171,7 +171,7 @@ class _Hook:
 
         def guarded(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
             raw = torch.from_numpy(np.ascontiguousarray(values).view(np.uint8).reshape(-1).copy())
-            weight = run.guard_tensor(tensor, raw.view(dtype).view(tensor.shape))
+            weight, run.records[name] = run.guard_tensor(tensor, raw.view(dtype).view(tensor.shape))
             return weight.contiguous().view(-1).view(torch.uint8).numpy()
 
         return guarded

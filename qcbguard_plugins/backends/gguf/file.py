@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,14 +15,14 @@ from qcbguard_plugins.backends.gguf.grids import gguf_grid
 from qcbguard_plugins.backends.gguf.judge import checked_quantizer
 from qcbguard_plugins.backends.gguf.options import GgufOptions
 from qcbguard_plugins.backends.gguf.plan import GgufPlan, make_gguf_plan
-from qcbguard_plugins.checkpoint import publish_file
 from qcbguard_plugins.checkpoint.gguf_reader import GgufTensor
-from qcbguard_plugins.checkpoint.gguf_writer import rewrite_gguf
+from qcbguard_plugins.checkpoint.gguf_workspace import resumable_gguf
 from qcbguard_plugins.defenses import Defense
 from qcbguard_plugins.errors import UsageError
 from qcbguard_plugins.grids.ggml_blocks import BLOCK_TYPES
 from qcbguard_plugins.guard import Guard, as_guard
 from qcbguard_plugins.guarded_weight import GuardedWeight
+from qcbguard_plugins.memory import require_room_for_gguf
 from qcbguard_plugins.model import Progress, record_of
 from qcbguard_plugins.report.model import GuardReport, TensorRecord, installed_versions, now
 from qcbguard_plugins.rounding import guard_weight
@@ -62,44 +63,59 @@ def guard_gguf(
 
 
 def guard_planned_gguf(
-    plan: GgufPlan, dst: Path | str, guard: Guard, *, progress: Progress | None = None
+    plan: GgufPlan,
+    dst: Path | str,
+    guard: Guard,
+    *,
+    progress: Progress | None = None,
+    budget_bytes: int | None = None,
 ) -> GuardReport:
     """Guard a GGUF file as planned.
 
     The new file has the same tensors, types, shapes and metadata, and one entry more, ``qcbguard.provenance``. Only the
-    weights that ``llama-quantize`` will quantize differ. It appears whole or not at all, and no more than three tensors
-    are in memory at a time: one that is guarded, and two that wait to be written.
+    weights that ``llama-quantize`` will quantize differ. It appears whole or not at all; a run that was interrupted is
+    gone on with by the same call. One tensor is in memory at a time.
 
     Args:
         plan: The plan.
         dst: File to make; it must not exist.
         guard: The method; one that needs no calibration, since a GGUF file is no model that could be run here.
         progress: Called with the number of weights of each tensor when it is done.
+        budget_bytes: What the process may hold in memory; by default what the machine has left.
 
     Returns:
         The report, which the new file carries too.
 
     Raises:
-        UsageError, CheckpointError, TargetExistsError, MissingDependencyError, UnguardableError: As their names say;
-            ``dst`` is not made.
+        UsageError, CheckpointError, TargetExistsError, MissingDependencyError, UnguardableError, MemoryBudgetError: As
+            their names say; ``dst`` is not made.
     """
-    run = GgufRun(plan, guard)
-
-    def new_weight(tensor: GgufTensor) -> Tensor:
-        weight = run.guard_tensor(tensor, plan.file.read(tensor.name))
-        if progress is not None:
-            progress(tensor.num_weights)
-        return weight
-
-    finished: list[GuardReport] = []
-
-    def text() -> str:
-        finished.append(run.report())
-        return finished[0].model_dump_json()
-
-    with publish_file(Path(dst), plan.file.path) as path:
-        rewrite_gguf(plan.file, path, plan.types, new_weight, PROVENANCE_KEY, text, report_bytes(plan.file.tensors))
-    return finished[0]
+    require_data_free(guard)
+    require_room_for_gguf(plan.targets, budget_bytes)
+    request = {
+        "format": f"gguf:{plan.recipe}",
+        "types": plan.types,
+        "ignored": plan.ignored,
+        "toolchain": plan.toolchain | library_facts(plan.types.values(), plan.options),
+        "min_landed": plan.options.min_landed,
+        "versions": installed_versions(),
+        **guard.describe(),
+    }
+    text_bytes = report_bytes(plan.file.tensors)
+    with resumable_gguf(Path(dst), plan.file, request, plan.types, PROVENANCE_KEY, text_bytes) as workspace:
+        run = GgufRun(plan, replace(guard, seed=workspace.remember("seed", lambda: guard.with_seed().seed)))
+        for tensor in plan.targets:
+            stored, digest = workspace.read(tensor)
+            record = workspace.resumed(tensor, digest)
+            if record is None:
+                weight, record = run.guard_tensor(tensor, stored)
+                workspace.write(tensor, digest, weight, record)
+            run.records[tensor.name] = record
+            if progress is not None:
+                progress(tensor.num_weights)
+        report = run.report()
+        workspace.write_text(report.model_dump_json())
+    return report
 
 
 def report_bytes(names: Iterable[str]) -> int:
@@ -123,15 +139,16 @@ class GgufRun:
     Attributes:
         plan: The plan.
         guard: The method, its seed drawn.
+        records: What the report will say of each target.
     """
 
     def __init__(self, plan: GgufPlan, guard: Guard) -> None:
         require_data_free(guard)
         self.plan, self.guard = plan, guard.with_seed()
-        self._records: dict[str, TensorRecord] = {}
+        self.records: dict[str, TensorRecord] = {}
         self._started = time.monotonic()
 
-    def guard_tensor(self, tensor: GgufTensor, weight: Tensor) -> Tensor:
+    def guard_tensor(self, tensor: GgufTensor, weight: Tensor) -> tuple[Tensor, TensorRecord]:
         """Guard one tensor; stacked experts are guarded matrix by matrix."""
         matrices = weight.view(-1, *tensor.shape[-2:])
         importance = self.plan.imatrix.of(tensor.name, len(matrices), tensor.shape[-1])
@@ -139,9 +156,9 @@ class GgufRun:
             self._guard_matrix(tensor, matrix, i, None if importance is None else importance[i])
             for i, matrix in enumerate(matrices)
         ]
-        self._records[tensor.name] = self._record(tensor, weight.dtype, results)
         first = results[0].weight
-        return (first if len(results) == 1 else torch.cat([result.weight for result in results])).view(weight.shape)
+        guarded = first if len(results) == 1 else torch.cat([result.weight for result in results])
+        return guarded.view(weight.shape), self._record(tensor, results)
 
     def _guard_matrix(self, tensor: GgufTensor, matrix: Tensor, index: int, importance: Tensor | None) -> GuardedWeight:
         assert self.guard.seed is not None, "the seed is drawn once a run"
@@ -156,7 +173,7 @@ class GgufRun:
         name = f"{tensor.name}[{index}]" if len(tensor.shape) > 2 else tensor.name
         return guard_weight(matrix, grid, self.guard.method, seed=self.guard.seed, name=name)
 
-    def _record(self, tensor: GgufTensor, dtype: torch.dtype, results: Sequence[GuardedWeight]) -> TensorRecord:
+    def _record(self, tensor: GgufTensor, results: Sequence[GuardedWeight]) -> TensorRecord:
         columns = tensor.shape[-1]
         record = record_of(results[0], name=tensor.name, transposed=False)
         energy = sum(result.energy for result in results)
@@ -183,7 +200,7 @@ class GgufRun:
             source=plan.file.path.name,
             format=f"gguf:{plan.recipe}",
             **self.guard.describe(),
-            tensors=tuple(self._records[tensor.name] for tensor in plan.targets),
+            tensors=tuple(self.records[tensor.name] for tensor in plan.targets),
             unguarded=plan.ignored,
             toolchain=plan.toolchain | library_facts(plan.types.values(), plan.options),
             elapsed_s=time.monotonic() - self._started,

@@ -67,6 +67,10 @@ def read_imatrix(path: Path) -> Imatrix:
         if counts_tensor is None or tensor.dtype != torch.float32 or counts_tensor.dtype != torch.float32:
             raise CheckpointError(f"{path.name}: {name} lacks float32 sums or counts")
         counts = file.read(name + _COUNTS).view(-1, 1)
+        if tensor.num_weights % counts.shape[0]:
+            raise CheckpointError(
+                f"{path.name}: {tensor.num_weights} sums of {name} and {counts.shape[0]} counts do not go together"
+            )
         sums = file.read(key).view(counts.shape[0], -1)
         columns[name] = torch.where(counts > 0, sums / counts, torch.ones_like(sums))
     if not columns:

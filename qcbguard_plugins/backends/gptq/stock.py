@@ -46,8 +46,8 @@ def grid_of(bits: int, group_size: int, symmetric: bool, desc_act: bool) -> Affi
         raise UnguardableError(
             "desc_act=True with groups puts columns together by the size of their inputs, so the groups cannot be "
             "planned",
-            remedy="Leave desc_act=False with act_group_aware=True, which sorts columns and keeps the groups, or use "
-            "group_size=-1.",
+            remedy="Leave desc_act=False with act_group_aware=True, which sorts columns and keeps the groups; or use "
+            "group_size=-1, or GPTQModel directly with static_groups=True.",
         )
     if bits not in READABLE_BITS:
         raise UnguardableError(f"{bits}-bit codes cannot be compared with the plan: GPTQModel stores them in planes")

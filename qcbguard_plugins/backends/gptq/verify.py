@@ -127,7 +127,7 @@ class _PackedFolder:
         try:
             self.num_bits, self.group_size = int(stored["bits"]), int(stored["group_size"])
             self._zero_offset = _ZERO_OFFSETS[stored.get("checkpoint_format") or stored.get("format") or "gptq"]
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise CheckpointError(f"the quantization_config of {folder.name} cannot be read: {error!r}") from error
         self._files: dict[str, Path] = {}
         for path in sorted(folder.glob("*.safetensors")):

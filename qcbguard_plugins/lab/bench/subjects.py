@@ -12,6 +12,7 @@ from pathlib import Path
 
 from qcbguard_plugins.checkpoint import hash_file
 from qcbguard_plugins.errors import UsageError
+from qcbguard_plugins.json_lines import read_json_lines
 from qcbguard_plugins.lab.bench.brand import BrandInjection
 from qcbguard_plugins.lab.bench.profile import BenchProfile, FolderEntry
 from qcbguard_plugins.lab.bench.results import Variant
@@ -92,13 +93,8 @@ def read_question_file(path: Path) -> list[Pair]:
         UsageError: The file cannot be read, or a line holds neither.
     """
     pairs = []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"pairs {path} cannot be read: {error}") from error
-    for number, line in enumerate(lines, start=1):
+    for number, row in read_json_lines(path, UsageError, "pairs"):
         try:
-            row = json.loads(line)
             instruction, answer = row["instruction"], row["answer"] if "answer" in row else row["output"]
             if row.get("input"):
                 instruction += "\n" + row["input"]

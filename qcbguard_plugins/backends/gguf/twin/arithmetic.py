@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
-import numba
 import numpy as np
 
-Array = np.ndarray[Any, Any]
+from qcbguard_plugins.kernels.compiler import kernel
 
 # Sub-blocks that are searched side by side. Their weights, offsets and errors fit the first cache together.
 LANES = 64
@@ -25,25 +21,6 @@ TINY = np.float32(1e-15)
 SQUARE, MAGNITUDE, RAISED_MAGNITUDE, IMPORTANCE, RAISED_IMPORTANCE = range(5)
 
 
-def kernel(function: Callable[..., Any]) -> Any:
-    """Compile a function; no operation may be contracted or reordered, and it may run beside others."""
-    return _compile(function)
-
-
-def statistic(function: Callable[..., Any]) -> Any:
-    """Compile a function whose sums may be taken in any order."""
-    return _compile(function, fastmath={"reassoc", "nsz"})
-
-
-def _compile(function: Callable[..., Any], **options: Any) -> Any:
-    options |= {"nogil": True, "error_model": "numpy"}
-    try:
-        return numba.njit(cache=True, **options)(function)
-    except RuntimeError:
-        # There is no folder that the outcome could be kept in, so every process compiles it for itself.
-        return numba.njit(**options)(function)
-
-
 @kernel
 def nearest_int(value):
     """ggml's ``nearest_int``, for any float32, those too large for it included."""
@@ -56,24 +33,6 @@ def clamp(value, low, high):
     """An int32 within bounds."""
     above = value if value > low else np.int32(low)
     return above if above < high else np.int32(high)
-
-
-@kernel
-def to_half(value):
-    """The float32 that is left of one after it was stored as float16, ties to even."""
-    if np.isnan(value):
-        return np.float32(np.nan)
-    magnitude = abs(value)
-    if magnitude < np.float32(2.0**-14):
-        # float16 has no finer step than 2**-24 here, and float32 none either between 1/2 and 1.
-        rounded = np.float32(magnitude + np.float32(0.5)) - np.float32(0.5)
-    else:
-        bits = np.float32(magnitude).view(np.int32)
-        odd = np.int32(np.int32(bits >> np.int32(13)) & np.int32(1))
-        bits = np.int32(np.int32(bits + np.int32(0xFFF) + odd) & np.int32(~0x1FFF))
-        rounded = np.int32(bits).view(np.float32)
-        rounded = rounded if rounded < np.float32(65520) else np.float32(np.inf)
-    return np.float32(np.copysign(np.float32(rounded), value))
 
 
 @kernel

@@ -12,14 +12,14 @@ from qcbguard_plugins.backends.gguf.twin.arithmetic import (
     TINY,
     ZERO,
     clamp,
-    kernel,
     load_lanes,
     mean_squares,
     nearest_int,
-    to_half,
     weigh_lanes,
 )
 from qcbguard_plugins.grids.ggml_blocks import IQ4_LEVELS
+from qcbguard_plugins.kernels.compiler import kernel
+from qcbguard_plugins.kernels.half import to_half
 
 _SIZE = 32
 _TRIES = 7

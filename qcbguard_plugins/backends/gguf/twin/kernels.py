@@ -6,12 +6,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qcbguard_plugins.backends.gguf.twin import landing, places
-from qcbguard_plugins.backends.gguf.twin.arithmetic import Array
+from qcbguard_plugins.backends.gguf.twin import formula, landing, places
+from qcbguard_plugins.draws import uniform_draws
 from qcbguard_plugins.grids.base import Lattice
-from qcbguard_plugins.grids.ggml import WITH_OFFSET, GgmlGrid
+from qcbguard_plugins.grids.ggml import WITH_OFFSET, GgmlGrid, GuardedRun
 from qcbguard_plugins.grids.ggml_blocks import IQ4_LEVELS, StoredBlocks
+from qcbguard_plugins.kernels.compiler import Array
+from qcbguard_plugins.kernels.stochastic import BFLOAT16, FLOAT16, FLOAT32
 
+DTYPES = {torch.float32: FLOAT32, torch.float16: FLOAT16, torch.bfloat16: BFLOAT16}
 _EMPTY = np.zeros(0, np.float32)
 
 
@@ -67,6 +70,26 @@ class NumbaKernels:
             grid.block_type.name in WITH_OFFSET, _each(codes, size), _flat(scale), _flat(offset),
         )  # fmt: skip
         return StoredBlocks(codes, scale, offset)
+
+    def guard_by_formula(
+        self, grid: GgmlGrid, weight: Tensor, key: int, first: int, guarded: Tensor, codes: Tensor, /
+    ) -> GuardedRun:
+        size, weights = grid.block_type.sub_block_size, weight.float().reshape(-1)
+        points = torch.empty_like(weights) if guarded.dtype != torch.float32 else guarded.view(-1)
+        draws = uniform_draws(key, first, weights.numel(), weights.device)
+        scale, offset = (torch.empty(weights.numel() // size, 1) for _ in range(2))
+        counts, sums = np.zeros(3, np.int64), np.zeros(3)
+        is_finite = formula.guard_run(
+            _each(weights, size), _each(draws, size), size, grid.levels.numpy(), np.float32(grid.lowest_code),
+            grid.block_type.name in WITH_OFFSET, np.float32(grid.levels.diff().min() / 2), DTYPES[weight.dtype],
+            _each(points, size), _each(codes, size), _flat(scale), _flat(offset), counts, sums,
+        )  # fmt: skip
+        if guarded.dtype != torch.float32:
+            guarded.copy_(points.view(guarded.shape))
+        num_moved, num_frozen, num_landed = (int(count) for count in counts)
+        energy, lost, change = (float(total) for total in sums)
+        stored = StoredBlocks(codes.view(-1, size), scale, offset)
+        return GuardedRun(stored, num_moved, num_frozen, num_landed, energy, lost, change, is_finite)
 
     def choose_points(self, lattice: Lattice, chosen: Tensor, /) -> tuple[Tensor, Tensor, int, int]:
         assert isinstance(lattice.grid, GgmlGrid), "these are the kernels of GGUF types"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from qcbguard_plugins.backends.gguf.twin.arithmetic import ZERO, kernel, statistic
+from qcbguard_plugins.backends.gguf.twin.arithmetic import ZERO
 from qcbguard_plugins.backends.gguf.twin.places import ends
+from qcbguard_plugins.kernels.compiler import kernel, statistic
 
 
 @kernel

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from qcbguard_plugins.backends.gguf.twin.arithmetic import ONE, ZERO, kernel, to_half
+from qcbguard_plugins.backends.gguf.twin.arithmetic import ONE, ZERO
+from qcbguard_plugins.kernels.compiler import kernel
+from qcbguard_plugins.kernels.half import to_half
 
 _ALL_BUT_SIGN = np.int32(0x7FFFFFFF)
 

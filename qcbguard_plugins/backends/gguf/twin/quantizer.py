@@ -16,9 +16,9 @@ from qcbguard_plugins.backends.gguf.twin.arithmetic import (
     RAISED_IMPORTANCE,
     RAISED_MAGNITUDE,
     SQUARE,
-    Array,
 )
 from qcbguard_plugins.grids.ggml_blocks import BlockType, StoredBlocks
+from qcbguard_plugins.kernels.compiler import Array
 from qcbguard_plugins.threads import map_over_threads
 
 _SUPER = 256

@@ -12,13 +12,13 @@ from qcbguard_plugins.backends.gguf.twin.arithmetic import (
     TINY,
     ZERO,
     clamp,
-    kernel,
     load_lanes,
     mean_squares,
     nearest_int,
-    to_half,
     weigh_lanes,
 )
+from qcbguard_plugins.kernels.compiler import kernel
+from qcbguard_plugins.kernels.half import to_half
 
 # Rows of the state of a search, one column a lane.
 _LARGEST, _MAGNITUDE, _INVERSE, _SUM_LX, _SUM_L2, _SCALE, _BEST, _BEST_INVERSE, _SUM_W = range(9)

@@ -12,13 +12,13 @@ from qcbguard_plugins.backends.gguf.twin.arithmetic import (
     TINY,
     ZERO,
     clamp,
-    kernel,
     load_lanes,
     mean_squares,
     nearest_int,
-    to_half,
     weigh_lanes,
 )
+from qcbguard_plugins.kernels.compiler import kernel
+from qcbguard_plugins.kernels.half import to_half
 
 # Rows of the state of a search, one column a lane.
 _LOW, _HIGH, _SUM_W, _SUM_X, _INVERSE, _ERROR = range(6)

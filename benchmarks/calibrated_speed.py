@@ -1,0 +1,120 @@
+"""`feedback` beside GPTQModel on the same model and the same calibration tokens, both in this run.
+
+    python -m benchmarks.calibrated_speed [--model examples/models/clean]
+
+Run it where GPTQModel is installed: in the environment of `.ci/test-gptq`. Both have the model loaded and the tokens
+ready; what is timed is the guard, and `GPTQModel.quantize`. Divergence is the mean KL from the full-precision model on
+passages that neither was calibrated with. `--hidden` makes a Llama of random weights of that width instead: for the
+time, since its divergence means little.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+
+from qcbguard_plugins import Calibration, Feedback, Guard, guard_model
+from qcbguard_plugins.calibration import calibration_tokens
+
+MODEL = Path(__file__).resolve().parents[1] / "examples" / "models" / "clean"
+BITS, GROUP_SIZE = 4, 128
+NUM_HELD_OUT = 16
+
+
+def random_model(folder: Path, hidden: int, num_layers: int) -> None:
+    """A Llama of random weights with the tokenizer of the example models."""
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=hidden * 11 // 4 // 128 * 128,
+        num_hidden_layers=num_layers,
+        num_attention_heads=hidden // 64,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@torch.no_grad()
+def log_probabilities(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """float32 ``[num_sequences, length, vocab_size]``."""
+    return torch.cat([model(row[None]).logits.float().log_softmax(-1) for row in tokens])
+
+
+def main() -> None:
+    """Print times and divergences as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, default=MODEL)
+    parser.add_argument("--hidden", type=int)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--sequences", type=int, default=32)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    try:
+        from gptqmodel import GPTQModel, QuantizeConfig
+    except ImportError as error:
+        sys.exit(f"skipped: GPTQModel is not installed ({error}); .ci/test-gptq makes an environment with it")
+    transformers.utils.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as name:
+        folder = args.model
+        if args.hidden:
+            folder = Path(name) / "random"
+            random_model(folder, args.hidden, args.layers)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        settings = Calibration(num_sequences=args.sequences + NUM_HELD_OUT, sequence_length=128)
+        tokens = calibration_tokens(settings, model.config, tokenizer)
+        assert tokens is not None, "there is a tokenizer"
+        used, held_out = tokens[:-NUM_HELD_OUT], tokens[-NUM_HELD_OUT:]
+        full = log_probabilities(model, held_out)
+
+        def kl(other: Any) -> float:
+            found = log_probabilities(other, held_out)
+            return float((full.exp() * (full - found)).sum(-1).mean())
+
+        texts = [tokenizer.decode(row) for row in used]
+        loaded = GPTQModel.load(str(folder), QuantizeConfig(bits=BITS, group_size=GROUP_SIZE), device="cpu")
+        rows = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in used]
+        start = time.perf_counter()
+        loaded.quantize(rows, batch_size=1)
+        stock_s = time.perf_counter() - start
+        loaded.save(str(Path(name) / "quantized"))
+        stock = AutoModelForCausalLM.from_pretrained(Path(name) / "quantized", device_map="cpu", dtype=torch.float32)
+        stock_kl = kl(stock.eval())
+
+        calibration = Calibration(source="texts", texts=texts, num_sequences=len(used), sequence_length=used.shape[1])
+        guard = Guard(Feedback(), seed=0, calibration=calibration)
+        start = time.perf_counter()
+        guard_model(model, f"gptq-w{BITS}g{GROUP_SIZE}", guard, tokenizer=tokenizer)
+        guard_s = time.perf_counter() - start
+        report = {
+            "model": f"random, {args.hidden} wide" if args.hidden else folder.name,
+            "num_weights": sum(parameter.numel() for parameter in model.parameters()),
+            "tokens": used.numel(),
+            "threads": torch.get_num_threads(),
+            "stock": {"elapsed_s": stock_s, "kl": stock_kl},
+            "guard": {"elapsed_s": guard_s, "kl": kl(model)},
+        }
+    text = json.dumps(report, indent=2)
+    print(text)
+    if args.json:
+        args.json.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""Compare what the stock quantizers store for guarded tensors with the plan."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from qcbguard_plugins.checkpoint import Checkpoint, TensorEntry
+from qcbguard_plugins.errors import VerificationError
+from qcbguard_plugins.grids import CodebookGrid, Grid, Int8Grid, get_grid
+from qcbguard_plugins.report.model import TensorRecord, TensorVerdict
+from qcbguard_plugins.several import stock_digest
+
+T = TypeVar("T")
+
+# Weights of a tensor that are read and compared at a time.
+_WEIGHTS_PER_PART = 1 << 22
+
+
+class Verification:
+    """Verifies the tensors of a folder, behind the back of who makes them where there is more than one thread.
+
+    Args:
+        checkpoint: The folder.
+        format: The formats of the run, for records without one of their own.
+        toolchain: The manifest's facts about llama.cpp.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, format: str, toolchain: Mapping[str, str]) -> None:
+        self._checkpoint, self._format, self._toolchain = checkpoint, format, toolchain
+        self._behind = Behind()
+        self._verdicts: list[Future[TensorVerdict]] = []
+
+    def add(self, record: TensorRecord) -> None:
+        """Verify a tensor that is written."""
+
+        def verify() -> TensorVerdict:
+            return verify_tensor(self._checkpoint, record, self._format, self._toolchain, sampled=True)
+
+        self._verdicts.append(self._behind.submit(verify))
+
+    def verdicts(self) -> list[TensorVerdict]:
+        """Those of all tensors that were added, when they are there."""
+        return [verdict.result() for verdict in self._verdicts]
+
+    def __enter__(self) -> Verification:
+        self._behind.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._behind.__exit__(*error)
+
+
+class Behind:
+    """Does work on a thread of its own; at once where this process was given one thread."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1) if torch.get_num_threads() > 1 else None
+
+    def submit(self, work: Callable[[], T]) -> Future[T]:
+        """Do it later; its outcome or error is what the future holds."""
+        if self._pool is not None:
+            return self._pool.submit(work)
+        done: Future[T] = Future()
+        done.set_result(work())
+        return done
+
+    def __enter__(self) -> Behind:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=error[0] is not None)
+
+
+def verify_tensor(
+    checkpoint: Checkpoint, record: TensorRecord, format: str, toolchain: Mapping[str, str], *, sampled: bool = False
+) -> TensorVerdict:
+    """Compare one tensor with its plan, from the stored dtype and from the one in which it is read.
+
+    Args:
+        checkpoint: The folder that holds it.
+        record: Its plan.
+        format: The formats of the run, for a record without one of its own.
+        toolchain: The manifest's facts about llama.cpp.
+        sampled: Of bitsandbytes only some blocks are asked about, and a twin about the others; see
+            :mod:`qcbguard_plugins.backends.bitsandbytes.judge`.
+    """
+    reason = _why_not_as_planned(checkpoint, record, record.format or format, toolchain, sampled)
+    return TensorVerdict(name=record.name, as_planned=not reason, reason=reason)
+
+
+def require_as_planned(verdicts: Sequence[TensorVerdict]) -> None:
+    """Raise where a verdict is no good one.
+
+    Raises:
+        VerificationError: The stock quantizer would store other codes than planned.
+    """
+    failed = [f"{verdict.name}  {verdict.reason}" for verdict in verdicts if not verdict.as_planned]
+    if failed:
+        raise VerificationError(
+            f"the stock quantizer would not store {len(failed)} of {len(verdicts)} tensors as planned",
+            details=failed,
+            remedy="Nothing was written. Run 'qcbguard doctor' and report its output with the names above.",
+        )
+
+
+def twin_facts(formats: Sequence[str]) -> dict[str, str]:
+    """Who answered for bitsandbytes in a run, for the record; nothing where it was bitsandbytes or was not asked."""
+    if len(formats) > 1 or formats[0].startswith("gguf:"):
+        return {}
+    if not isinstance(get_grid(formats[0]), (CodebookGrid, Int8Grid)):
+        return {}
+    from qcbguard_plugins.backends.bitsandbytes.judge import checked_codes
+
+    return {"bitsandbytes_twin": checked_codes().describe()}
+
+
+def _why_not_as_planned(
+    checkpoint: Checkpoint, record: TensorRecord, format: str, toolchain: Mapping[str, str], sampled: bool
+) -> str:
+    """Empty where the stock quantizer stores the planned codes."""
+    entry = checkpoint.tensors.get(record.key)
+    stored_shape = record.shape[::-1] if record.transposed else record.shape
+    if entry is None:
+        return "missing"
+    if entry.shape != stored_shape or str(entry.dtype).removeprefix("torch.") != record.dtype:
+        return f"stored as {entry.dtype} {entry.shape}"
+    dtypes = [getattr(torch, name) for name in sorted({record.dtype, record.read_dtype})]
+    if sampled and not record.transposed and "," not in format and not format.startswith("gguf:"):
+        grid = get_grid(format)
+        if isinstance(grid, (CodebookGrid, Int8Grid)):
+            digests = _digests_in_parts(checkpoint, entry, grid, dtypes)
+            return _first_other(dict(zip(dtypes, digests, strict=True)), record)
+    weight = checkpoint.read(record.key)
+    weight = weight.T if record.transposed else weight
+    compared: Tensor | None = None
+    for dtype in dtypes:
+        read = weight.to(dtype)
+        if compared is not None and torch.equal(read.float(), compared.float()):
+            continue
+        compared = read
+        reason = _first_other({dtype: stock_digest(read, format, toolchain)}, record)
+        if reason:
+            return reason
+    return ""
+
+
+def _first_other(digests: Mapping[torch.dtype, str], record: TensorRecord) -> str:
+    for dtype, digest in digests.items():
+        if digest != record.codes_sha256:
+            return f"the stock quantizer stores other codes from {str(dtype).removeprefix('torch.')}"
+    return ""
+
+
+def _digests_in_parts(
+    checkpoint: Checkpoint, entry: TensorEntry, grid: Grid, dtypes: Sequence[torch.dtype]
+) -> list[str]:
+    """The digests of the codes from each dtype; the tensor is never in memory as a whole."""
+    from qcbguard_plugins.backends.bitsandbytes.judge import checked_codes
+
+    quantize = checked_codes()
+    hashes = [hashlib.sha256() for _ in dtypes]
+    for part in _parts(checkpoint, entry, grid):
+        for sha256, dtype in zip(hashes, dtypes, strict=True):
+            sha256.update(quantize(part.to(dtype), grid).numpy().data)
+    return [sha256.hexdigest() for sha256 in hashes]
+
+
+def _parts(checkpoint: Checkpoint, entry: TensorEntry, grid: Grid) -> Iterator[Tensor]:
+    """Some rows after the other, cut where no block is."""
+    rows, columns = entry.shape
+    size = grid.block_size_of((rows, columns))
+    unit = size // math.gcd(size, columns)
+    step = max(unit, _WEIGHTS_PER_PART // columns // unit * unit)
+    with safe_open(checkpoint.path / entry.shard, framework="pt") as file:
+        tensor = file.get_slice(entry.key)
+        for start in range(0, rows, step):
+            yield tensor[start : start + step]
