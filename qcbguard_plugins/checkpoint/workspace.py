@@ -38,6 +38,7 @@ class Workspace:
     def __init__(self, partial: Path, checkpoint: Checkpoint, rank: int) -> None:
         self.folder = partial / _FOLDER
         self._checkpoint = checkpoint
+        self._partial = partial
         self._kept = KeptWork(partial, rank)
 
     def remember(self, name: str, make: Callable[[], Any]) -> Any:

@@ -6,8 +6,9 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from qcbguard_plugins.memory import human_bytes
 from qcbguard_plugins.report.purification import PurifyPlanReport, PurifyReport
-from qcbguard_plugins.report.text import human_bytes, human_seconds
+from qcbguard_plugins.report.text import human_seconds
 
 _WORDS = {"channel": "MLP channels", "head": "attention heads", "rank": "rank components of the adapter"}
 
