@@ -68,7 +68,9 @@ def test_a_purified_folder_takes_the_place_of_the_model(
         purify(source, out, [clean_data], **SMALL)
 
 
-def test_a_guard_records_the_purification_before_it(llama: Path, clean_data: Path, tmp_path: Path) -> None:
+def test_a_guard_records_the_purification_before_it(
+    llama: Path, clean_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("bitsandbytes")
     purified = tmp_path / "purified"
     purify(llama, purified, [clean_data], **SMALL)
@@ -80,7 +82,9 @@ def test_a_guard_records_the_purification_before_it(llama: Path, clean_data: Pat
     weights = load_file(purified / "model.safetensors")
     weights["model.norm.weight"] += 1
     save_file(weights, purified / "model.safetensors", metadata={"format": "pt"})
-    note = guard_checkpoint(purified, tmp_path / "changed", ["nf4"], "stochastic").purification
+    assert main(["guard", str(purified), "--for", "nf4", "--method", "stochastic", "--out", str(tmp_path / "b")]) == 0
+    assert "WEIGHTS WERE CHANGED" in capsys.readouterr().out
+    note = read_manifest(tmp_path / "b").purification
     assert note is not None and not note.weights_as_purified
     (purified / PURIFICATION_FILE).write_text("{}")
     with pytest.raises(CheckpointError, match=PURIFICATION_FILE):
