@@ -102,8 +102,8 @@ def plan_purification(
     paths = [Path(path) for path in clean_data]
     samples = read_samples(paths)
     tokenizer = _tokenizer(Path(model))
-    loaded = subject.load()
-    counts = (loaded.num_parameters(), sum(p.numel() for p in loaded.parameters() if p.requires_grad))
+    outline = subject.outline()
+    counts = (outline.num_parameters(), sum(p.numel() for p in outline.parameters() if p.requires_grad))
     config = default_config(subject.architecture.name, counts[0], adapter=adapter is not None, **changes)
     needed = max(config.num_samples, config.num_healing)
     if len(samples) < needed:
@@ -112,7 +112,7 @@ def plan_purification(
             remedy="Give more, or ask for fewer with --set num_samples=... and --set num_healing=...",
         )
     data = tuple(DataRecord(name=path.name, sha256=hash_file(path)) for path in paths)
-    groups = subject.groups(loaded, heads=config.num_heads > 0)
+    groups = subject.groups(outline, heads=config.num_heads > 0)
     return PurifyPlan(subject, config, samples, tokenizer, data, groups, *counts)
 
 

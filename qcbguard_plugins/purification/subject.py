@@ -52,6 +52,10 @@ class Subject(ABC):
     def load(self) -> Any:
         """The model in float32, in memory, with gradients where it may change."""
 
+    def outline(self) -> Any:
+        """The model's modules and shapes, for a plan; without its weights where that can be."""
+        return self.load()
+
     @abstractmethod
     def groups(self, model: Any, *, heads: bool) -> list[Group]:
         """Its units: those of the MLPs, and with ``heads`` those of the attention behind them."""
@@ -97,6 +101,11 @@ class WholeModel(Subject):
         from qcbguard_plugins.backends.transformers import load_full_precision
 
         return load_full_precision(self.model_dir, torch.float32)
+
+    def outline(self) -> Any:
+        from qcbguard_plugins.backends.transformers import build_skeleton
+
+        return build_skeleton(self.config)
 
     def groups(self, model: Any, *, heads: bool) -> list[Group]:
         channels = mlp_channels(model, self.architecture)
