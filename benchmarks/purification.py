@@ -21,6 +21,7 @@ from qcbguard_plugins.lab.bench.results import this_machine
 from qcbguard_plugins.lab.purification.ablation import swap_study
 from qcbguard_plugins.lab.purification.plots import draw_curve
 from qcbguard_plugins.lab.purification.specs import AdapterSpec, LabSettings, PurifiedSpec
+from qcbguard_plugins.lab.purification.spread import spread_study
 from qcbguard_plugins.lab.purification.study import CLEAN, NONE, Entry, Study, StudyCell, table
 from qcbguard_plugins.lab.specs import AttackSpec, InjectionSpec, MaliciousSpec
 
@@ -146,7 +147,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--cache", type=Path, default=user_cache_path("qcbguard") / "lab")
-    parser.add_argument("--parts", default="main,adapter,swap,ratio,variants,score,transfer,combined")
+    parser.add_argument("--parts", default="main,adapter,spread,swap,ratio,variants,score,transfer,combined")
     parser.add_argument("--only", default="*", help="pattern of the attacked models")
     parser.add_argument("--cached", action="store_true")
     arguments = parser.parse_args()
@@ -161,6 +162,9 @@ def main() -> None:
             sections += ["## Two backdoors in one model\n", combined(study)]
         elif part == "adapter":
             sections += ["## A suspicious adapter on a frozen model\n", adapters(study, arguments.only)]
+        elif part == "spread":
+            sections += ["## What a signature finds of the attack's own update\n"]
+            sections += [f"{n}\n\n" + spread_study(study, attacked(n), SETTINGS) for n in SCENARIOS[:2]]
         elif part == "swap":
             sections += ["## Which parts carry the backdoor\n", swap_study(study, attacked("over-refusal+badnets"))]
         else:

@@ -141,11 +141,11 @@ def find_signature(
     numbers = range(config.num_variants) if variants is None else variants
     paths = [variant_path(folder, number) for number in numbers]
     scored = [group for group in groups if group.kind != "head"]
-    scores = _scores(scored, paths, config)
+    scores = score_units(scored, paths, config)
     signature = top_units(scores, count_of(config.ratio, sum(group.num_units for group in scored)))
     heads = [group for group in groups if group.kind == "head"]
     if heads and config.num_heads:
-        signature |= top_units(_scores(heads, paths, config), config.num_heads)
+        signature |= top_units(score_units(heads, paths, config), config.num_heads)
     return signature
 
 
@@ -154,7 +154,9 @@ def variant_path(folder: Path, number: int) -> Path:
     return folder / f"variant-{number}.safetensors"
 
 
-def _scores(groups: Sequence[Group], paths: Sequence[Path], config: PurifyConfig) -> dict[str, Tensor]:
+def score_units(groups: Sequence[Group], paths: Sequence[Path], config: PurifyConfig) -> dict[str, Tensor]:
+    """Scores of the units of some groups, ``[num_units]`` by group, from the files with the variants' differences."""
+
     def deltas() -> Iterator[tuple[str, list[Tensor]]]:
         for group in groups:
             yield group.name, [_read_tensor(path, group.name) for path in paths]
