@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 import torch
 from scipy.stats import spearmanr
@@ -44,7 +44,7 @@ def spread_study(study: Study, spec: MaliciousSpec, settings: LabSettings) -> st
     return "\n".join(lines) + "\n"
 
 
-def _load(study: Study, spec: MaliciousSpec) -> torch.nn.Module:
+def _load(study: Study, spec: MaliciousSpec) -> Any:
     return load_full_precision(step_folder("malicious", spec, study.cache), torch.float32)
 
 
