@@ -84,6 +84,17 @@ def ratio_entries(model: MaliciousSpec) -> Iterator[Entry]:
         yield entry(f"lot {ratio:g}", model, settings, method="random-channels")
 
 
+def light_entries(model: MaliciousSpec) -> Iterator[Entry]:
+    """The paper's number of healing samples and epochs, at a smaller learning rate."""
+    light = {"num_healing": 200, "healing_epochs": 5, "healing_learning_rate": 2e-4}
+    settings = {ratio: SETTINGS.model_copy(update={**light, "ratio": ratio}) for ratio in (0.03, 0.1, 0.2, 0.5)}
+    yield entry("fine-tuning", model, settings[0.03], method="fine-tuning")
+    yield entry("CROW", model, settings[0.03], method="crow")
+    for ratio, chosen in settings.items():
+        yield entry(f"immunization, {ratio:g}", model, chosen)
+    yield entry("lot, 0.2", model, settings[0.2], method="random-channels")
+
+
 def variants_entries(model: MaliciousSpec) -> Iterator[Entry]:
     """One variant to eight."""
     settings = SETTINGS.model_copy(update={"num_variants": 8})
@@ -106,6 +117,7 @@ def transfer_entries(model: MaliciousSpec) -> Iterator[Entry]:
 #: Part by name: its title, the attacked models, and the rows.
 PARTS: dict[str, tuple[str, list[str], Callable[[MaliciousSpec], Iterator[Entry]]]] = {
     "main": ("Attack success rate with the key, in percent", SCENARIOS, main_entries),
+    "light": ("Healing with 200 samples, 5 epochs, 2e-4", SCENARIOS[:1], light_entries),
     "ratio": ("Share of the channels that are suppressed", SCENARIOS[:2], ratio_entries),
     "variants": ("Number of variants", SCENARIOS[:2], variants_entries),
     "score": ("Terms of the score", SCENARIOS[:2], score_entries),
@@ -147,7 +159,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--cache", type=Path, default=user_cache_path("qcbguard") / "lab")
-    parser.add_argument("--parts", default="main,adapter,spread,swap,ratio,variants,score,transfer,combined")
+    parser.add_argument("--parts", default="main,light,adapter,spread,swap,ratio,variants,score,transfer,combined")
     parser.add_argument("--only", default="*", help="pattern of the attacked models")
     parser.add_argument("--cached", action="store_true")
     arguments = parser.parse_args()
