@@ -22,7 +22,8 @@ Place = tuple[str, str]
 #: A folder, and what the names of the files in it begin with.
 Target = tuple[Path, str]
 
-_STYLE: dict[Any, Any] = {
+#: How every plot of the package looks.
+STYLE: dict[Any, Any] = {
     "text.parse_math": False,
     "svg.fonttype": "none",
     "svg.hashsalt": "qcbguard",
@@ -64,8 +65,8 @@ def draw_tradeoff(
 ) -> Plot | None:
     """Every method as a point: what is left of the attack against what it costs, means over rows; a panel a group."""
     groups = {title: places for title, places in groups.items() if places}
-    pyplot = _pyplot()
-    with pyplot.rc_context(_STYLE):
+    pyplot = require_pyplot()
+    with pyplot.rc_context(STYLE):
         figure, panels = pyplot.subplots(
             1, len(groups), figsize=(1.6 + 3.6 * len(groups), 3.6), layout="constrained", squeeze=False, sharey=True
         )
@@ -94,10 +95,10 @@ def draw_rows(lines: Sequence[Line], places: Sequence[Place], defenses: Sequence
     """A panel a row and format: attack success rate against divergence, each method as a point."""
     if not places:
         return None
-    pyplot = _pyplot()
+    pyplot = require_pyplot()
     num_rows = math.ceil(len(places) / _PANELS_A_ROW)
     num_columns = min(_PANELS_A_ROW, len(places))
-    with pyplot.rc_context(_STYLE):
+    with pyplot.rc_context(STYLE):
         figure, panels = pyplot.subplots(
             num_rows,
             num_columns,
@@ -125,8 +126,8 @@ def draw_strength(
     sweeps = [sweep for sweep in sweeps if any(_along(lines, place, sweep, _asr)[0] for place in places)]
     if not sweeps:
         return None
-    pyplot = _pyplot()
-    with pyplot.rc_context(_STYLE):
+    pyplot = require_pyplot()
+    with pyplot.rc_context(STYLE):
         figure, panels = pyplot.subplots(
             2,
             len(sweeps),
@@ -168,8 +169,8 @@ def draw_grid(lines: Sequence[Line], place: Place, grid: ParameterGrid, target: 
         ("ASR, points from full precision", lambda line: 100 * abs(line.asr_from_full or 0.0), "{:.1f}"),
         ("KL to full precision, nats a token", _kl, "{:.4f}"),
     ]
-    pyplot = _pyplot()
-    with pyplot.rc_context(_STYLE):
+    pyplot = require_pyplot()
+    with pyplot.rc_context(STYLE):
         figure, panels = pyplot.subplots(1, 2, figsize=(8.4, 3.0), layout="constrained")
         for axes, (title, pick, form) in zip(panels, maps, strict=True):
             cells = [[pick(values[x, y]) or 0.0 for x in xs] for y in ys]
@@ -298,11 +299,16 @@ def _save(figure: Figure, target: Target, stem: str, title: str) -> Plot:
     out_dir, prefix = target
     file = f"{prefix}{stem}.svg"
     figure.savefig(out_dir / file, metadata={"Date": None})
-    _pyplot().close(figure)
+    require_pyplot().close(figure)
     return Plot(file, title)
 
 
-def _pyplot() -> Any:
+def require_pyplot() -> Any:
+    """Matplotlib's interface, drawing to files.
+
+    Raises:
+        MissingDependencyError: It is not installed.
+    """
     try:
         import matplotlib
     except ImportError as error:
