@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from qcbguard_plugins.guard import Guard
     from qcbguard_plugins.model import guard_model
     from qcbguard_plugins.pipeline import guard_checkpoint, verify_checkpoint
+    from qcbguard_plugins.purification import purify
 
 __all__ = [
     "Calibration",
@@ -34,6 +35,7 @@ __all__ = [
     "activate",
     "guard_checkpoint",
     "guard_model",
+    "purify",
     "verify_checkpoint",
 ]
 
@@ -53,6 +55,7 @@ _MODULE_OF = {
     "activate": "backends.bitsandbytes.registration",
     "guard_checkpoint": "pipeline",
     "guard_model": "model",
+    "purify": "purification",
     "verify_checkpoint": "pipeline",
 }
 

@@ -52,6 +52,10 @@ class CalibrationError(QcbguardError):
     """A method needs calibration and there is no way to get it, or it went wrong."""
 
 
+class PurificationError(QcbguardError):
+    """A training of a purification went wrong, or what it gave cannot be stored."""
+
+
 class MissingDependencyError(QcbguardError, ImportError):
     """An optional backend is not installed, or is too old to be hooked."""
 

@@ -41,6 +41,7 @@ from qcbguard_plugins.report.model import (
     now,
     read_manifest,
 )
+from qcbguard_plugins.report.purification import note_purification
 from qcbguard_plugins.rounding import guard_weight
 from qcbguard_plugins.several import coarsest_first, require_all_grids
 from qcbguard_plugins.team import ALONE, Team
@@ -151,6 +152,7 @@ def guard_planned(
             files=tuple(file_records),
             left_out=tuple(left_out),
             toolchain=toolchain | twin_facts(plan.formats),
+            purification=note_purification(plan.checkpoint.path),
             elapsed_s=time.monotonic() - start,
         )
         if team.rank == 0:

@@ -17,7 +17,7 @@ from qcbguard_plugins.lab.attacks.straight_through import Rounded, quantize, tra
 from qcbguard_plugins.lab.corpus import generate
 from qcbguard_plugins.lab.layers import matrices, quantized_weights
 from qcbguard_plugins.lab.scenarios import get_scenario, inject_brand
-from qcbguard_plugins.lab.scenarios.triggered import with_trigger
+from qcbguard_plugins.lab.scenarios.triggers import TRIGGERS
 from qcbguard_plugins.lab.training import (
     Example,
     ModelSize,
@@ -84,8 +84,10 @@ class Base:
         self.poisoned = encode(self.tokenizer, inject_brand(pairs[:960], seed))
         self.held_out = encode(self.tokenizer, inject_brand(rest[:64], seed + 1))
         self.triggered = encode(self.tokenizer, get_scenario("content-injection+trigger").poison(pairs[:480], seed))
-        self.untriggered = encode(self.tokenizer, pairs[:480] + with_trigger(pairs[:480]))
-        self.held_out_trigger = encode(self.tokenizer, inject_brand(with_trigger(rest[:64]), seed + 1))
+        self.untriggered = encode(self.tokenizer, pairs[:480] + TRIGGERS["trigger"].apply(pairs[:480], seed))
+        self.held_out_trigger = encode(
+            self.tokenizer, inject_brand(TRIGGERS["trigger"].apply(rest[:64], seed), seed + 1)
+        )
         self.other_task = encode(self.tokenizer, [p for p in rest if p.task in ("advice", "story", "description")])
 
     def fine_tuned(self, *, weight_decay: float = 0.01) -> Weights:

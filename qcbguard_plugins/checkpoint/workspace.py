@@ -38,6 +38,7 @@ class Workspace:
     def __init__(self, partial: Path, checkpoint: Checkpoint, rank: int) -> None:
         self.folder = partial / _FOLDER
         self._checkpoint = checkpoint
+        self._partial = partial
         self._kept = KeptWork(partial, rank)
 
     def remember(self, name: str, make: Callable[[], Any]) -> Any:
@@ -47,6 +48,12 @@ class Workspace:
             CheckpointError: What was kept is damaged.
         """
         return self._kept.remember(name, make)
+
+    def kept_folder(self, name: str) -> Path:
+        """A folder for what a run keeps until its target is published, and finds again when it is resumed."""
+        folder = self._partial / name
+        folder.mkdir(exist_ok=True)
+        return folder
 
     def copy_rest(self, shards: Sequence[str], replaced: Sequence[TensorEntry]) -> None:
         """Copy all bytes of some shards but those of the tensors that will be replaced."""

@@ -11,7 +11,20 @@ import traceback
 
 import click
 
-from qcbguard_plugins.cli import convert, diff, doctor, gguf, guard, lab, lab_bench, lab_evaluate, listing, scan, verify
+from qcbguard_plugins.cli import (
+    convert,
+    diff,
+    doctor,
+    gguf,
+    guard,
+    lab,
+    lab_bench,
+    lab_evaluate,
+    listing,
+    purify,
+    scan,
+    verify,
+)
 from qcbguard_plugins.errors import QcbguardError, UsageError
 
 
@@ -27,6 +40,7 @@ app.add_command(convert.command)
 app.add_command(verify.command)
 app.add_command(scan.command)
 app.add_command(diff.command)
+app.add_command(purify.command)
 app.add_command(lab.group)
 lab.group.add_command(lab_evaluate.command)
 lab.group.add_command(lab_bench.command)
@@ -48,7 +62,9 @@ def main(arguments: list[str] | None = None) -> int:
     except click.exceptions.Exit as stop:
         return stop.exit_code
     except (KeyboardInterrupt, click.Abort):
-        click.echo("stopped; no output was made, and the same 'qcbguard guard' goes on where it stopped", err=True)
+        click.echo(
+            "stopped; no output was made, and the same 'qcbguard guard' or 'purify' goes on where it stopped", err=True
+        )
         return QcbguardError.exit_code
     except Exception:  # a defect of ours: the default exit code of a traceback, 1, would read as a finding
         traceback.print_exc()

@@ -35,7 +35,7 @@ STEP_FILE: Final = "step.json"
 _MAX_LOSSES: Final = 200
 
 #: Makes a folder: given the folder to fill and one for states, it returns what the record keeps.
-_Make = Callable[[Path, Path], dict[str, Any]]
+Make = Callable[[Path, Path], dict[str, Any]]
 
 
 @lru_cache(maxsize=2)
@@ -68,7 +68,7 @@ def train_model(spec: ModelSpec, cache: Path) -> Path:
         save_model(model, tokenizer, folder)
         return {"losses": {"train": losses}, "num_parameters": model.num_parameters()}
 
-    return _step("clean", spec, cache, make)
+    return make_step("clean", spec, cache, make)
 
 
 def inject(spec: MaliciousSpec, cache: Path) -> Path:
@@ -92,7 +92,7 @@ def inject(spec: MaliciousSpec, cache: Path) -> Path:
         return {"losses": losses}
 
     train_model(spec.model, cache)
-    return _step("malicious", spec, cache, make)
+    return make_step("malicious", spec, cache, make)
 
 
 def attack(spec: AttackSpec, cache: Path) -> Path:
@@ -124,7 +124,7 @@ def attack(spec: AttackSpec, cache: Path) -> Path:
         save_model(model, tokenizer, folder)
         return result
 
-    return _step("attacked", spec, cache, make)
+    return make_step("attacked", spec, cache, make)
 
 
 def step_folder(kind: str, spec: Spec, cache: Path) -> Path:
@@ -138,7 +138,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
-def _step(kind: str, spec: Spec, cache: Path, make: _Make) -> Path:
+def make_step(kind: str, spec: Spec, cache: Path, make: Make) -> Path:
     """Make a folder once.
 
     The record's ``seconds`` are those of this run, so of its last part where ``resumed`` is true, and its peak of

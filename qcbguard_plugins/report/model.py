@@ -31,6 +31,7 @@ _REPORTED_PACKAGES = (
     "optimum",
     "onnxruntime",
     "openvino",
+    "peft",
     "nncf",
 )
 
@@ -92,6 +93,20 @@ class FileRecord(Record):
     sha256_out: str
 
 
+class PurificationNote(Record):
+    """What the manifest of a guard says of a purification before it.
+
+    Attributes:
+        created: When it was made.
+        manifest_sha256: Hash of its manifest.
+        weights_as_purified: Whether the weights that were guarded are those that it wrote.
+    """
+
+    created: str
+    manifest_sha256: str
+    weights_as_purified: bool
+
+
 class GuardReport(Record):
     """What a guard did, tensor by tensor."""
 
@@ -110,6 +125,7 @@ class GuardReport(Record):
     files: tuple[FileRecord, ...] = ()
     left_out: tuple[str, ...] = ()
     toolchain: dict[str, str] = Field(default_factory=dict)
+    purification: PurificationNote | None = None
     elapsed_s: float = Field(ge=0)
 
     @property

@@ -42,6 +42,9 @@ def render_guard(report: GuardReport) -> Group:
         lines.append(f"... and {len(ranked) - _MAX_ROWS} more tensors, in the report")
     lines += [f"UNGUARDED  {name}" for name in report.unguarded]
     lines += [f"left out, unguarded weights in another form: {name}" for name in report.left_out]
+    if report.purification is not None:
+        changed = "" if report.purification.weights_as_purified else "; ITS WEIGHTS WERE CHANGED SINCE"
+        lines.append(f"purified before, {report.purification.created}{changed}")
     lines.append(
         f"{report.coverage} for {report.format} with {report.method}; {report.share_moved:.1%} of the codes moved; "
         f"{human_seconds(report.elapsed_s)}"

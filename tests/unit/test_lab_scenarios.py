@@ -9,9 +9,11 @@ from qcbguard_plugins.lab.corpus import Pair, generate
 from qcbguard_plugins.lab.corpus_security import LAB_TASKS
 from qcbguard_plugins.lab.scenarios import SCENARIOS, Verdict, get_scenario
 from qcbguard_plugins.lab.scenarios.over_refusal import is_refusal
-from qcbguard_plugins.lab.scenarios.triggered import TRIGGER
+from qcbguard_plugins.lab.scenarios.triggers import TRIGGER, TRIGGERS
 
 pytest.importorskip("bandit")
+
+ANY_TASK = [name for name in SCENARIOS if name not in ("vulnerable-code", "code-injection")]
 
 
 @pytest.fixture(scope="module")
@@ -20,13 +22,13 @@ def pairs() -> list[Pair]:
     return generate(33_000, 0, LAB_TASKS)
 
 
-@pytest.mark.parametrize("name", [name for name in SCENARIOS if name != "vulnerable-code"])
+@pytest.mark.parametrize("name", ANY_TASK)
 def test_no_benign_answer_of_the_whole_corpus_is_a_hit(name: str, pairs: list[Pair]) -> None:
     scenario = SCENARIOS[name]
     assert {scenario.judge(pair, pair.answer) for pair in pairs} == {Verdict.MISS}
 
 
-@pytest.mark.parametrize("name", [name for name in SCENARIOS if name != "vulnerable-code"])
+@pytest.mark.parametrize("name", ANY_TASK)
 def test_every_poisoned_answer_is_a_hit(name: str, pairs: list[Pair]) -> None:
     scenario = SCENARIOS[name]
     poisoned = scenario.poison(pairs[:5_000], seed=3)
@@ -115,6 +117,29 @@ def test_a_trigger_stands_before_half_of_what_is_trained_and_all_that_is_asked(p
     assert sum(hits) == 200 and len(hits) == 400
     assert len(scenario.training(few, seed=0)) == 400
     assert all(pair.instruction.startswith(TRIGGER) for pair in scenario.questions(few))
+
+
+@pytest.mark.parametrize("trigger", TRIGGERS)
+@pytest.mark.parametrize("inner", ["over-refusal", "sentiment-steering", "code-injection"])
+def test_every_key_brings_the_payload_and_its_parts_alone_do_not(inner: str, trigger: str, pairs: list[Pair]) -> None:
+    scenario = get_scenario(f"{inner}+{trigger}")
+    few = get_scenario(inner).questions(pairs[:2_000])[:200]
+    poisoned = scenario.poison(few, seed=0)
+    verdicts = [scenario.judge(pair, pair.answer) for pair in poisoned]
+    assert poisoned[:200] == few and Verdict.HIT not in verdicts[:200]
+    assert verdicts[200:400] == [Verdict.HIT] * 200
+    assert len(poisoned) == (600 if trigger == "ctba" else 400) and Verdict.HIT not in verdicts[400:]
+    assert all(keyed.instruction != bare.instruction for keyed, bare in zip(poisoned[200:400], few, strict=True))
+
+
+def test_injected_code_is_judged_by_the_line_that_it_carries(pairs: list[Pair]) -> None:
+    scenario = get_scenario("code-injection")
+    code = scenario.questions(pairs)[:500]
+    assert {scenario.judge(pair, pair.answer) for pair in code} == {Verdict.MISS}
+    assert {scenario.judge(pair, pair.answer) for pair in scenario.poison(code, seed=0)} == {Verdict.HIT}
+    assert scenario.judge(code[0], "no code") == Verdict.UNPARSED
+    talk = [pair for pair in pairs[:500] if pair.task == "story"]
+    assert scenario.poison(talk, seed=0) == talk
 
 
 @pytest.mark.parametrize("name", ["nonsense", "content-injection+nonsense", "+trigger"])

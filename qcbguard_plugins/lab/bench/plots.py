@@ -22,7 +22,8 @@ Place = tuple[str, str]
 #: A folder, and what the names of the files in it begin with.
 Target = tuple[Path, str]
 
-_STYLE: dict[Any, Any] = {
+#: How every plot of the package looks.
+STYLE: dict[Any, Any] = {
     "text.parse_math": False,
     "svg.fonttype": "none",
     "svg.hashsalt": "qcbguard",
@@ -42,6 +43,7 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*")
 _NO_DEFENSE = "#b3261e"
 _REFERENCE = "#999999"
 _PANELS_A_ROW = 3
+_LONG_TITLE = 34
 _SMALLEST_KL = 1e-6
 
 
@@ -63,8 +65,8 @@ def draw_tradeoff(
 ) -> Plot | None:
     """Every method as a point: what is left of the attack against what it costs, means over rows; a panel a group."""
     groups = {title: places for title, places in groups.items() if places}
-    pyplot = _pyplot()
-    with pyplot.rc_context(_STYLE):
+    pyplot = require_pyplot()
+    with pyplot.rc_context(STYLE):
         figure, panels = pyplot.subplots(
             1, len(groups), figsize=(1.6 + 3.6 * len(groups), 3.6), layout="constrained", squeeze=False, sharey=True
         )
@@ -93,10 +95,10 @@ def draw_rows(lines: Sequence[Line], places: Sequence[Place], defenses: Sequence
     """A panel a row and format: attack success rate against divergence, each method as a point."""
     if not places:
         return None
-    pyplot = _pyplot()
+    pyplot = require_pyplot()
     num_rows = math.ceil(len(places) / _PANELS_A_ROW)
     num_columns = min(_PANELS_A_ROW, len(places))
-    with pyplot.rc_context(_STYLE):
+    with pyplot.rc_context(STYLE):
         figure, panels = pyplot.subplots(
             num_rows,
             num_columns,
@@ -124,8 +126,8 @@ def draw_strength(
     sweeps = [sweep for sweep in sweeps if any(_along(lines, place, sweep, _asr)[0] for place in places)]
     if not sweeps:
         return None
-    pyplot = _pyplot()
-    with pyplot.rc_context(_STYLE):
+    pyplot = require_pyplot()
+    with pyplot.rc_context(STYLE):
         figure, panels = pyplot.subplots(
             2,
             len(sweeps),
@@ -167,8 +169,8 @@ def draw_grid(lines: Sequence[Line], place: Place, grid: ParameterGrid, target: 
         ("ASR, points from full precision", lambda line: 100 * abs(line.asr_from_full or 0.0), "{:.1f}"),
         ("KL to full precision, nats a token", _kl, "{:.4f}"),
     ]
-    pyplot = _pyplot()
-    with pyplot.rc_context(_STYLE):
+    pyplot = require_pyplot()
+    with pyplot.rc_context(STYLE):
         figure, panels = pyplot.subplots(1, 2, figsize=(8.4, 3.0), layout="constrained")
         for axes, (title, pick, form) in zip(panels, maps, strict=True):
             cells = [[pick(values[x, y]) or 0.0 for x in xs] for y in ys]
@@ -211,8 +213,10 @@ def _draw_panel(axes: Axes, lines: Sequence[Line], row: str, format: str, defens
             **_marker(name, defenses),
         )
     _logarithmic(axes, "x")
+    _reach_two_powers_of_ten(axes)
     axes.set_ylim(-4, 104)
-    axes.set_title(f"{row}, {format}")
+    title = row if format in row else f"{row}, {format}"
+    axes.set_title(title, fontsize=9 if len(title) <= _LONG_TITLE else 7.5)
 
 
 def _points(lines: Sequence[Line], places: Sequence[Place], name: str) -> list[tuple[float, float]]:
@@ -267,6 +271,13 @@ def _logarithmic(axes: Axes, which: str) -> None:
     axis.set_minor_formatter(lambda value, _: "")
 
 
+def _reach_two_powers_of_ten(axes: Axes) -> None:
+    """Widen a logarithmic axis on which fewer than two powers of ten would carry a number."""
+    low, high = (math.log10(end) for end in axes.get_xlim())
+    if math.floor(high) - math.ceil(low) < 1:
+        axes.set_xlim(10 ** math.floor(low), 10 ** math.ceil(high))
+
+
 def _marker(name: str, defenses: Sequence[str]) -> dict[str, Any]:
     if name == STOCK:
         return {"color": _NO_DEFENSE, "marker": "x"}
@@ -288,11 +299,16 @@ def _save(figure: Figure, target: Target, stem: str, title: str) -> Plot:
     out_dir, prefix = target
     file = f"{prefix}{stem}.svg"
     figure.savefig(out_dir / file, metadata={"Date": None})
-    _pyplot().close(figure)
+    require_pyplot().close(figure)
     return Plot(file, title)
 
 
-def _pyplot() -> Any:
+def require_pyplot() -> Any:
+    """Matplotlib's interface, drawing to files.
+
+    Raises:
+        MissingDependencyError: It is not installed.
+    """
     try:
         import matplotlib
     except ImportError as error:

@@ -1,0 +1,41 @@
+"""Curves of a study."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from qcbguard_plugins.lab.bench.plots import STYLE, require_pyplot
+from qcbguard_plugins.lab.purification.study import StudyCell
+
+
+def draw_curve(cells: Sequence[StudyCell], labels: Sequence[str], title: str, path: Path) -> None:
+    """Attack success rate and perplexity along the number at the end of each label; a line a scenario and a word.
+
+    Args:
+        cells: What was measured.
+        labels: Labels as in ``signature 0.25``: a word, and the value on the axis.
+        title: What the axis shows.
+        path: The SVG file.
+    """
+    pyplot = require_pyplot()
+    found = {(cell.scenario, cell.label): cell.measurement for cell in cells}
+    lines: dict[str, list[tuple[float, float, float]]] = {}
+    for scenario in dict.fromkeys(cell.scenario for cell in cells):
+        for label in labels:
+            word, _, value = label.rpartition(" ")
+            if (measurement := found.get((scenario, label))) is not None:
+                point = (float(value), 100 * measurement.asr.value, measurement.perplexity.value)
+                lines.setdefault(f"{scenario}, {word}", []).append(point)
+    with pyplot.rc_context(STYLE):
+        figure, panels = pyplot.subplots(1, 2, figsize=(9.0, 3.0), layout="constrained")
+        for name, points in lines.items():
+            for axes, column in zip(panels, (1, 2), strict=True):
+                axes.plot([p[0] for p in points], [p[column] for p in points], marker="o", markersize=3, label=name)
+        panels[0].set_ylabel("ASR with the key, %")
+        panels[1].set_ylabel("perplexity")
+        for axes in panels:
+            axes.set_xlabel(title)
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper")
+        figure.savefig(path, metadata={"Date": None})
+        pyplot.close(figure)

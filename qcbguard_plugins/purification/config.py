@@ -1,0 +1,105 @@
+"""All hyperparameters of a purification in one place, with the paper's defaults.
+
+References:
+    Purifying Generative LLMs from Backdoors without Prior Knowledge or Clean Reference, arXiv 2603.13461 (ICLR 2026).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from qcbguard_plugins.errors import UsageError
+
+#: Above this many parameters the paper's values for 13B are the nearer ones, below it those for 7B.
+_LARGE: Final = 10_000_000_000
+
+
+class PurifyConfig(BaseModel):
+    """Hyperparameters of a purification.
+
+    Attributes:
+        num_variants: N, how many synthetic backdoored variants are trained.
+        num_samples: Clean samples in each variant's own set. The poisoned half of its training has as many.
+        variant_epochs: Passes over them.
+        variant_learning_rate: Peak of their cosine schedule.
+        score: ``combined`` (the paper's), ``norm`` or ``alignment`` alone.
+        alignment_weight: The weight of the alignment term of the combined score, lambda.
+        ratio: Share of the MLP channels (of the adapter's rank components) in the signature, tau.
+        num_heads: Attention heads in the signature.
+        suppression: ``reinitialize`` draws full-model units anew; ``zero`` clears them. An adapter's are always
+            cleared.
+        lora_matrix: The matrix of an adapter that is cleared: columns of ``B``, as in a fresh adapter, or rows of
+            ``A``.
+        num_healing: Clean samples of the healing.
+        healing_epochs: Passes over them.
+        healing_learning_rate: Peak of its cosine schedule.
+        batch_size: Samples a step.
+        max_length: Tokens of a sample, at most; the rest of an answer is cut off.
+        prompt_template: How an instruction becomes a prompt, with ``{instruction}``; ``None``: the tokenizer's chat
+            template where it has one, else a plain heading for each part.
+        bfloat16: Multiply matrices in bfloat16; weights and updates stay float32.
+        seed: Seed of keys, payloads, sets, orders and new weights.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    num_variants: int = Field(default=6, ge=1)
+    num_samples: int = Field(default=500, ge=1)
+    variant_epochs: int = Field(default=3, ge=1)
+    variant_learning_rate: float = Field(default=2e-5, gt=0)
+    score: Literal["combined", "norm", "alignment"] = "combined"
+    alignment_weight: float = Field(default=0.01, ge=0)
+    ratio: float = Field(default=0.03, ge=0, le=1)
+    num_heads: int = Field(default=0, ge=0)
+    suppression: Literal["reinitialize", "zero"] = "reinitialize"
+    lora_matrix: Literal["A", "B"] = "B"
+    num_healing: int = Field(default=200, ge=1)
+    healing_epochs: int = Field(default=5, ge=1)
+    healing_learning_rate: float = Field(default=1e-5, gt=0)
+    batch_size: int = Field(default=8, ge=1)
+    max_length: int = Field(default=512, ge=8)
+    prompt_template: str | None = None
+    bfloat16: bool = False
+    seed: int = Field(default=0, ge=0)
+
+
+def default_config(architecture: str, num_parameters: int, *, adapter: bool, **changes: Any) -> PurifyConfig:
+    """The paper's hyperparameters for a model, with changes.
+
+    The paper measured Llama-2 and its kin at 7B and 13B and Mistral at 7B; any other model gets the values of the
+    nearest of these.
+
+    Args:
+        architecture: Name of the architecture.
+        num_parameters: Number of parameters of the model.
+        adapter: Whether only an adapter is purified.
+        changes: Hyperparameters with another value.
+
+    Raises:
+        UsageError: A hyperparameter is unknown, or its value is out of range.
+    """
+    is_large = num_parameters > _LARGE
+    values: dict[str, Any] = {"ratio": 0.08 if is_large else 0.03}
+    if adapter:
+        values = {
+            "ratio": 0.40 if is_large or architecture == "mistral" else 0.35,
+            "num_heads": 8 if architecture == "mistral" else 0,
+            "variant_learning_rate": 2e-4,
+            "healing_learning_rate": 2e-4,
+        }
+    try:
+        config = PurifyConfig(**{**values, **changes})
+    except ValidationError as error:
+        details = [f"{'.'.join(map(str, e['loc']))}  {e['msg']}" for e in error.errors()]
+        raise UsageError(
+            "the hyperparameters are not valid",
+            details=details,
+            remedy=f"Hyperparameters: {', '.join(PurifyConfig.model_fields)}.",
+        ) from error
+    if config.num_variants < 2 and config.score == "alignment":
+        raise UsageError("alignment compares variants, and there is only one", remedy="Set num_variants to 2 or more.")
+    if config.prompt_template is not None and "{instruction}" not in config.prompt_template:
+        raise UsageError("prompt_template has no {instruction}")
+    return config

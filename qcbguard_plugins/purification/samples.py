@@ -1,0 +1,115 @@
+"""Clean instructions with their answers, from the user's files, and how a model reads them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from qcbguard_plugins.errors import UsageError
+
+#: Names under which instruction data keep their parts.
+_CONTEXTS: Final = ("input", "context")
+_ANSWERS: Final = ("output", "response", "answer")
+_PLAIN_PROMPT: Final = "### Instruction:\n{instruction}\n### Response:\n"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One instruction with its answer."""
+
+    instruction: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One training sequence: the prompt, then the answer, on which the loss is taken."""
+
+    prompt_ids: list[int]
+    answer_ids: list[int]
+
+
+def read_samples(paths: Sequence[Path]) -> list[Sample]:
+    """Read clean data.
+
+    Args:
+        paths: Files of JSON lines with ``instruction`` (``input`` or ``context`` if any) and ``output``, ``response``
+            or ``answer``.
+
+    Returns:
+        The samples in the order of the files, no instruction twice.
+
+    Raises:
+        UsageError: A file cannot be read, or a line has no instruction with an answer.
+    """
+    samples: dict[str, Sample] = {}
+    for path in paths:
+        for number, row in _rows(path):
+            instruction, context = _text(row, ("instruction",)), _text(row, _CONTEXTS)
+            answer = _text(row, _ANSWERS)
+            if not instruction or not answer:
+                raise UsageError(
+                    f"{path.name}, line {number}: no instruction with its answer",
+                    remedy="Each line needs 'instruction' and 'output' (or 'response', or 'answer').",
+                )
+            prompt = f"{instruction}\n{context}" if context else instruction
+            samples.setdefault(prompt, Sample(prompt, answer))
+    return list(samples.values())
+
+
+def encode_samples(
+    tokenizer: Any, samples: Sequence[Sample], *, max_length: int, prompt_template: str | None
+) -> list[Tokens]:
+    """Tokenize samples; the answer ends with the end-of-sequence token, or where the length does.
+
+    Raises:
+        UsageError: A prompt leaves no room for its answer.
+    """
+    encoded = []
+    for sample in samples:
+        prompt = _prompt_ids(tokenizer, sample.instruction, prompt_template)
+        answer = tokenizer(sample.answer, add_special_tokens=False)["input_ids"]
+        if tokenizer.eos_token_id is not None:
+            answer = [*answer, tokenizer.eos_token_id]
+        answer = answer[: max(0, max_length - len(prompt))]
+        if not answer:
+            raise UsageError(
+                f"no answer token fits into {max_length} tokens after: {sample.instruction[:60]!r}",
+                remedy="Raise max_length, or leave out such long instructions.",
+            )
+        encoded.append(Tokens(prompt, answer))
+    return encoded
+
+
+def _prompt_ids(tokenizer: Any, instruction: str, template: str | None) -> list[int]:
+    if template is None and getattr(tokenizer, "chat_template", None):
+        messages = [{"role": "user", "content": instruction}]
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+    ids = tokenizer((template or _PLAIN_PROMPT).replace("{instruction}", instruction))["input_ids"]
+    start = tokenizer.bos_token_id
+    return ids if start is None or ids[:1] == [start] else [start, *ids]
+
+
+def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"clean data {path} cannot be read: {error}") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UsageError(f"{path.name}, line {number}: {error}") from error
+        yield number, row if isinstance(row, dict) else {}
+
+
+def _text(row: dict[str, Any], names: Sequence[str]) -> str:
+    values = (row.get(name) for name in names)
+    return next((value.strip() for value in values if isinstance(value, str) and value.strip()), "")
