@@ -19,7 +19,7 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 bench: $(INSTALLED)
-	$(BIN)/python benchmarks/data_free_speed.py
+	$(BIN)/python -m benchmarks.performance
 	$(BIN)/python benchmarks/methods.py
 
 # Trains, attacks and guards a small model, and exits with an error if the attack or its end fails: minutes.

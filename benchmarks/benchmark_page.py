@@ -1,6 +1,7 @@
 """Write docs/benchmark.md, its tables and its plots, from the results of ``qcbguard lab bench``.
 
     qcbguard lab bench full --out full-results
+    qcbguard lab bench adaptive --out adaptive-results
     qcbguard lab bench strength --out strength-results
     qcbguard lab bench ablation --out ablation-results
     python -m benchmarks.benchmark_page
@@ -26,11 +27,17 @@ from qcbguard_plugins.lab.bench.plots import Plot
 from qcbguard_plugins.lab.bench.profile import BenchProfile
 from qcbguard_plugins.lab.bench.results import BenchReport
 from qcbguard_plugins.lab.bench.summary import summarize
-from qcbguard_plugins.lab.bench.tables import asr_rows, clean_rows, detail_table, markdown, method_rows
+from qcbguard_plugins.lab.bench.tables import asr_rows, attacker_rows, clean_rows, detail_table, markdown, method_rows
 
 HERE = Path(__file__).resolve().parent
 DOCS_DIR = HERE.parent / "docs"
 PARTS = {
+    "adaptive": (
+        "Attackers who know the defense",
+        "Each attack was made against the defense in its name: `narrowed`, a box without the values that the defense "
+        "would carry over a boundary; `adaptive`, training on sampled copies of the defense, the payload weighted as "
+        "the good answers are, `strong` twice as much.",
+    ),
     "strength": ("Strength", "Each method along its own parameter. Dotted: no defense."),
     "ablation": (
         "QuantGuard's ablation",
@@ -77,12 +84,29 @@ def part(name: str, folder: Path, docs_dir: Path) -> dict[str, object]:
     head, rows = method_rows(lines, groups_of(places, profile), [entry.name for entry in profile.defenses])
     title, text = PARTS[name]
     models = ", ".join(f"{row} ({format_name})" for row, format_name in places)
+    tables = [markdown(head, rows)]
+    if name == "adaptive":
+        tables = [
+            markdown(*asr_rows(lines, places, [entry.name for entry in profile.defenses])),
+            *tables,
+            "What each attack costs its attacker, before any rounding:",
+            markdown(*attacker_rows(lines, places)),
+            *checks_text(report),
+        ]
     return {
         "title": title,
         "text": f"{text} Models: {models}. Measured at {', '.join(commits_of(report))}.",
-        "table": markdown(head, rows),
+        "notices": report.notices,
+        "table": "\n\n".join(tables),
         "figures": draw(report, profile, docs_dir),
     }
+
+
+def checks_text(report: BenchReport) -> list[str]:
+    """How many checks hold, and a table of those that do not."""
+    missed = [[c.row, c.format, c.what, c.found] for c in report.checks if not c.held]
+    text = f"{len(report.checks) - len(missed)} of {len(report.checks)} checks hold."
+    return [text, markdown(["model", "format", "expected", "found"], missed)] if missed else [text]
 
 
 def write_models(report: BenchReport, profile: BenchProfile, docs_dir: Path) -> None:
@@ -118,9 +142,8 @@ def main() -> None:
         figures=draw(report, profile, args.docs_dir),
         clean_table=markdown(head, clean) if clean else "",
         recommended=profile.recommended,
-        num_held=len(report.checks) - report.num_missed,
-        num_checks=len(report.checks),
-        missed=[check for check in report.checks if not check.held],
+        attackers=markdown(*attacker_rows(lines, places)),
+        checks="\n\n".join(checks_text(report)),
         reading=(HERE / "benchmark_reading.md").read_text(encoding="utf-8").strip(),
         parts=[part(name, present[name], args.docs_dir) for name in PARTS if name in present],
     )

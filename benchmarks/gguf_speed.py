@@ -13,6 +13,7 @@ import json
 import subprocess
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import gguf
@@ -57,11 +58,11 @@ def write_model(path: Path, hidden: int = HIDDEN, ffn: int = FFN, num_layers: in
     return num_weights
 
 
-def warm_up(folder: Path, binary: Path) -> None:
+def warm_up(folder: Path, binary: Path, recipes: Sequence[str] = RECIPES) -> None:
     """Compile all kernels, or load them from where numba keeps them."""
     small = folder / "small.gguf"
     write_model(small, 256, 256, 1)
-    for recipe in RECIPES:
+    for recipe in recipes:
         guard_gguf(small, folder / f"small-{recipe}.gguf", recipe, options=GgufOptions(quantize_path=binary))
 
 
@@ -95,7 +96,7 @@ def main() -> None:
         num_weights = write_model(source)
         print(f"{num_weights / 1e6:.0f} M weights, {source.stat().st_size / 1e6:.0f} MB, {threads} threads\n")
         print("| recipe | llama-quantize s | guard s | ratio | own s | ratio | codes landed |\n" + "|---" * 7 + "|")
-        warm_up(Path(name), args.llama_quantize)
+        warm_up(Path(name), args.llama_quantize, args.recipe or RECIPES)
         for recipe in args.recipe or RECIPES:
             target, guarded = Path(name) / "quantized.gguf", Path(name) / "guarded.gguf"
             start = time.perf_counter()

@@ -23,7 +23,7 @@ from qcbguard_plugins.grids.base import Lattice, cut_blocks
 from qcbguard_plugins.grids.ggml import FormulaGrid, GgmlGrid, SearchedGrid
 from qcbguard_plugins.grids.ggml_blocks import StoredBlocks
 from qcbguard_plugins.guarded_weight import GuardedWeight, digest_of_rows, row_digests
-from qcbguard_plugins.landing_steps import choose_points, compare, measure
+from qcbguard_plugins.landing_steps import choose_points, compare, correct, measure
 from qcbguard_plugins.threads import map_over_threads
 
 # Rows are worked on in runs of about this many weights, which stay in a processor's cache. Each has random draws of its
@@ -226,8 +226,8 @@ class _Job:
         goal, answer = _take(units.chosen, pending, per_unit), _take(units.stored, pending, per_unit)
         offered = units.handed_over[pending].float()
         for _ in range(_MAX_ROUNDS):
-            miss = grid.values(goal).sub_(grid.values(answer)).view(offered.shape)
-            asked = offered.add_(miss, alpha=_CORRECTION).to(units.handed_over.dtype)
+            correct(grid, answer, goal, _CORRECTION, offered)
+            asked = offered.to(units.handed_over.dtype)
             answer = grid.stored(asked)
             landed, misses = compare(grid, answer, goal, self.unit)
             most, least = units.landed[pending], units.misses[pending]
@@ -295,6 +295,9 @@ def _choose(weight: Tensor, grid: GgmlGrid, defense: Defense, evidence: Evidence
     if not torch.isfinite(blocks.sum()) and not torch.isfinite(blocks).all():
         raise _not_finite(name, grid)
     lattice = grid.lattice(blocks, (weight.shape[0], weight.shape[1]), weight.dtype)
+    if grid.kernels is not None and isinstance(defense, Stochastic) and blocks.device.type == "cpu":
+        assert evidence.key is not None
+        return lattice, grid.kernels.choose(lattice, evidence.key, evidence.first)
     return lattice, defense.choose(lattice, evidence)
 
 

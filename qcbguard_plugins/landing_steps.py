@@ -32,6 +32,15 @@ def choose_points(grid: GgmlGrid, lattice: Lattice, chosen: Tensor) -> tuple[Ten
     return points, codes, int((codes != lattice.nearest).sum()), int(lattice.frozen.sum())
 
 
+def correct(grid: GgmlGrid, stored: StoredBlocks, chosen: StoredBlocks, share: float, handed_over: Tensor) -> None:
+    """Move what is handed over, float32, by a share of what it is missed by, in place."""
+    if grid.kernels is not None:
+        grid.kernels.correct(grid, stored, chosen, share, handed_over)
+        return
+    miss = grid.values(chosen).sub_(grid.values(stored)).view(handed_over.shape)
+    handed_over.add_(miss.mul_(share))
+
+
 def compare(grid: GgmlGrid, stored: StoredBlocks, chosen: StoredBlocks, unit: int) -> tuple[Tensor, Tensor]:
     """Compare what is stored with what was chosen, unit by unit.
 

@@ -28,13 +28,14 @@ _STATUS = Path("/proc/self/status")
 # Data-free: its codes, and what the stock quantizer makes of it when it is verified.
 _ROUNDED = 2.0
 # A ggml type is searched with several float32 copies.
-_LANDED = 26.0
+_LANDED = 10.0
 # Error feedback: the weight, its grid, the draws and the best of them.
 _FED_BACK = 34.0
 # Bytes an entry of a Hessian: itself twice over while batches are added, and its factors in float64.
 _HESSIAN, _FACTORS = 8.0, 32.0
-# What every run needs besides: libraries that are loaded late, buffers, the allocator's slack.
-_SLACK_BYTES = 100 << 20
+# What every run needs besides: libraries that are loaded late, buffers, the allocator's slack; and what running a model
+# adds to that.
+_SLACK_BYTES, _MODEL_SLACK_BYTES = 100 << 20, 60 << 20
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def plan_memory(plan: Plan, guard: Guard, budget_bytes: int | None = None) -> Me
         peak = fixed + _rounding_bytes(plan, largest)
         _require(peak, budget, f"{largest.name} of {largest.num_weights} weights is guarded in one piece", budget_bytes)
         return MemoryPlan(peak)
-    working = fixed + _calibration_bytes(plan, guard)
+    working = fixed + _MODEL_SLACK_BYTES + _calibration_bytes(plan, guard)
     itemsize = model_dtype(plan).itemsize
     sizes = {key: entry_weights(entry) for key, entry in plan.checkpoint.tensors.items()}
     whole = working + sum(sizes.values()) * itemsize + round(guard.method.bytes_per_weight * plan.num_weights)

@@ -7,7 +7,7 @@ load in another 16- or 32-bit dtype of a 4-bit grid. Scale holders keep their va
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -205,7 +205,13 @@ class _Tally:
     unplaced_energy: float = 0.0
 
     def __add__(self, other: _Tally) -> _Tally:
-        return _Tally(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
+        return _Tally(
+            self.num_moved + other.num_moved,
+            self.num_frozen + other.num_frozen,
+            self.energy + other.energy,
+            self.change + other.change,
+            self.unplaced_energy + other.unplaced_energy,
+        )
 
     def relative_change(self) -> float:
         return float((self.change / self.energy) ** 0.5) if self.energy else 0.0

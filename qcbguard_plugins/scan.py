@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from qcbguard_plugins.grids import AffineGrid, Grid, get_grid
 from qcbguard_plugins.grids.ggml import GgmlGrid
 from qcbguard_plugins.judgement import judge
 from qcbguard_plugins.report.scan_model import ScannedTensor, ScanReport, SkippedTensor
+from qcbguard_plugins.team import ALONE, Team
 
 DEFAULT_FORMATS = ("nf4", "fp4", "int8")
 
@@ -42,6 +43,16 @@ class Measurements:
     formats: dict[str, FormatMeasurements] = field(default_factory=dict)
     skipped: list[SkippedTensor] = field(default_factory=list)
 
+    def extend(self, later: Measurements) -> None:
+        """Add what was measured on later tensors."""
+        self.tensors += later.tensors
+        self.num_tested += later.num_tested
+        self.outliers += later.outliers
+        self.chunk_ratios += later.chunk_ratios
+        self.skipped += later.skipped
+        for name, measurements in later.formats.items():
+            self.formats[name].extend(measurements)
+
 
 def scan_model(
     path: Path | str,
@@ -50,6 +61,7 @@ def scan_model(
     seed: int | None = None,
     max_weights: int = MAX_WEIGHTS,
     progress: Callable[[int], object] | None = None,
+    team: Team = ALONE,
 ) -> ScanReport:
     """Test a model's weights. Nothing of the model is run, and no class of it is built.
 
@@ -59,9 +71,10 @@ def scan_model(
         seed: Seed of the random rows and grids; a fresh one by default, so that an attacker cannot know it.
         max_weights: Weights of one tensor that are tested; larger ones are represented by random rows.
         progress: Called with the number of weights of each tensor when it is done.
+        team: The processes that share the tensors; each of them gets the report.
 
     Returns:
-        The report. With the same seed it is the same but for its date and duration.
+        The report. With the same seed it is the same but for its date and duration, for any number of processes.
 
     Raises:
         UsageError: A format is unknown or the path names no model.
@@ -73,9 +86,9 @@ def scan_model(
     if not formats:
         raise UsageError("no format to scan for")
     grids = {name: _grid_of(name) for name in dict.fromkeys(formats)}
-    seed = secrets.randbits(63) if seed is None else seed
+    seed = team.first(secrets.randbits(63) if seed is None else seed)
     source = open_weights(path)
-    measured = measure(source, grids, seed, max_weights, progress)
+    measured = measure(source, grids, seed, max_weights, progress, team)
     return judge(source, measured, seed=seed, elapsed_s=time.monotonic() - start)
 
 
@@ -85,11 +98,14 @@ def measure(
     seed: int,
     max_weights: int = MAX_WEIGHTS,
     progress: Callable[[int], object] | None = None,
+    team: Team = ALONE,
 ) -> Measurements:
     """Measure every target of a model on every grid, one tensor in memory at a time."""
-    measured = Measurements(formats={name: FormatMeasurements() for name in grids})
     inflations = draw_inflations(generator_for(seed, "neighbouring grids"))
-    for target in source.targets:
+    parts = []
+    for index in team.share(range(len(source.targets)), lambda index: source.targets[index].num_weights):
+        target = source.targets[index]
+        measured = _nothing(grids)
         reason = target.unusable
         weight = None if reason else source.read(target)
         if weight is not None:
@@ -98,9 +114,17 @@ def measure(
             measured.skipped.append(SkippedTensor(name=target.name, reason=reason))
         else:
             _measure_tensor(target, weight, grids, inflations, seed, max_weights, measured)
+        parts.append((index, measured))
         if progress is not None:
             progress(target.num_weights)
-    return measured
+    total = _nothing(grids)
+    for _, part in sorted(team.gather(parts), key=lambda part: part[0]):
+        total.extend(part)
+    return total
+
+
+def _nothing(grids: Iterable[str]) -> Measurements:
+    return Measurements(formats={name: FormatMeasurements() for name in grids})
 
 
 def _grid_of(format: str) -> Grid:

@@ -128,10 +128,18 @@ def transposed_parameters(skeleton: PreTrainedModel) -> set[str]:
 
 
 def load_full_precision(model_dir: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The model with its weights."""
-    model: PreTrainedModel = model_class(load_config(model_dir)).from_pretrained(
-        model_dir, dtype=dtype, use_safetensors=True, local_files_only=True
-    )
+    """The model with its weights.
+
+    Raises:
+        CheckpointError: transformers cannot load it.
+    """
+    cls = model_class(load_config(model_dir))
+    try:
+        model: PreTrainedModel = cls.from_pretrained(
+            model_dir, dtype=dtype, use_safetensors=True, local_files_only=True
+        )
+    except Exception as error:  # as above: an index without the entries that transformers wants, and the like
+        raise CheckpointError(f"transformers cannot load {model_dir.name}: {type(error).__name__}: {error}") from error
     return model.eval()
 
 

@@ -86,6 +86,7 @@ def command(
     team = join_team()
     with progress_bar(plan.num_weights // team.size, f"guarding for {formats}", shown=team.rank == 0) as progress:
         result = guard_planned(plan, out, guard, progress=progress, team=team, budget_bytes=budget_bytes)
-    if team.rank == 0:
-        print_report(result, render_guard(result), json_target)
+    if team.rank > 0:
+        return 0  # the first process has the report, and the exit code
+    print_report(result, render_guard(result), json_target)
     return UnguardableError.exit_code if result.unguarded else 0

@@ -44,15 +44,19 @@ def command(
     from qcbguard_plugins.checkpoint.source import open_weights
     from qcbguard_plugins.report.scan_text import render_markdown, render_scan
     from qcbguard_plugins.scan import MAX_WEIGHTS, scan_model
+    from qcbguard_plugins.team import join_team
 
     refuse_existing(html_path, sarif_path, markdown_path)
     names = [name.strip() for name in formats.split(",") if name.strip()]
     if not names:
         raise UsageError("--for names no format", remedy="For example: --for nf4,int8")
+    team = join_team()
     num_weights = sum(target.num_weights for target in open_weights(model).targets)
-    with progress_bar(num_weights, "scanning") as progress:
+    with progress_bar(num_weights // team.size, "scanning", shown=team.rank == 0) as progress:
         max_weights = num_weights if exhaustive else MAX_WEIGHTS
-        report = scan_model(model, names, seed=seed, max_weights=max_weights, progress=progress)
+        report = scan_model(model, names, seed=seed, max_weights=max_weights, progress=progress, team=team)
+    if team.rank > 0:
+        return 0  # the first process has the report, and the exit code
     if html_path is not None:
         from qcbguard_plugins.report.scan_html import render_html
 

@@ -89,7 +89,10 @@ class Feedback(Defense):
             raise CalibrationError("feedback needs the inputs of the layer, and none were gathered")
         order = evidence.hessian.diagonal().argsort(descending=True, stable=True)
         hessian = evidence.hessian[order][:, order]
-        problem = _Problem(lattice, order, inverse_hessian_factor(hessian, self.damp_percent))
+        factor, damp_percent = inverse_hessian_factor(hessian, self.damp_percent)
+        if damp_percent != self.damp_percent:
+            evidence.settled["damp_percent"] = damp_percent
+        problem = _Problem(lattice, order, factor)
         width = self._settle_width(problem, hessian, evidence)
         best = least = None
         for _ in range(self.draws):
@@ -216,7 +219,7 @@ def _load_kernel() -> Callable[..., tuple[Tensor, Tensor]] | None:
     return round_batch
 
 
-def inverse_hessian_factor(hessian: Tensor, damp_percent: float) -> Tensor:
+def inverse_hessian_factor(hessian: Tensor, damp_percent: float) -> tuple[Tensor, float]:
     """Upper Cholesky factor of the inverse of the damped Hessian.
 
     Args:
@@ -225,7 +228,7 @@ def inverse_hessian_factor(hessian: Tensor, damp_percent: float) -> Tensor:
             factorization fails.
 
     Returns:
-        float32 ``[in_features, in_features]``, upper triangular.
+        float32 ``[in_features, in_features]``, upper triangular, and the damping that it took.
 
     Raises:
         CalibrationError: The Hessian is not finite, is zero, or cannot be factorized at any damping.
@@ -240,13 +243,13 @@ def inverse_hessian_factor(hessian: Tensor, damp_percent: float) -> Tensor:
             remedy="Use more or other calibration text, or a method that needs none, such as stochastic.",
         )
     for attempt in range(_DAMPING_ATTEMPTS):
+        damping = damp_percent * 10.0**attempt
         damped = hessian.double()
-        damped.diagonal().add_(damp_percent * mean * 10.0**attempt)
+        damped.diagonal().add_(damping * mean)
         lower, failed = torch.linalg.cholesky_ex(damped)
         if failed.item():
             continue
         upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
         if not failed.item():
-            factor: Tensor = upper.float()
-            return factor
+            return upper.float(), damping
     raise CalibrationError("the Hessian of a layer cannot be factorized", remedy="Raise damp_percent.")

@@ -115,7 +115,26 @@ def _student(model: Any, targets: Iterable[Target], method: QuantGuard) -> Itera
                 modules.append(module)
         if method.gradient_checkpointing:
             stack.enter_context(_checkpointing(model))
+        # After the targets, which are made from the weights as they are stored.
+        stack.enter_context(_no_float16_on_a_processor(model))
         yield student
+
+
+@contextlib.contextmanager
+def _no_float16_on_a_processor(model: Any) -> Iterator[None]:
+    """Compute in float32 what processors multiply several times slower in float16; the weights come back untouched."""
+    halves = [
+        (tensor, tensor.data)
+        for tensor in (*model.parameters(), *model.buffers())
+        if tensor.dtype == torch.float16 and tensor.device.type == "cpu"
+    ]
+    try:
+        for tensor, stored in halves:
+            tensor.data = stored.float()
+        yield
+    finally:
+        for tensor, stored in halves:
+            tensor.data = stored
 
 
 @contextlib.contextmanager

@@ -65,3 +65,10 @@ class FormatMeasurements:
         self.names.append(name)
         self.edge_ratios.append(edge_ratios)
         self.histograms.append(torch.stack(histograms))
+
+    def extend(self, later: FormatMeasurements) -> None:
+        """Add the statistics of later tensors."""
+        self.names += later.names
+        self.on_grid += later.on_grid
+        self.edge_ratios += later.edge_ratios
+        self.histograms += later.histograms

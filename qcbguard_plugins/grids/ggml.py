@@ -82,6 +82,16 @@ class Kernels(Protocol):
         """Guard some rows stochastically for a type with a formula; ``guarded`` and ``codes`` are filled."""
         ...
 
+    def choose(self, lattice: Lattice, key: int, first: int, /) -> Tensor:
+        """Stochastic rounding: uint8 like the lattice's blocks."""
+        ...
+
+    def correct(
+        self, grid: GgmlGrid, stored: StoredBlocks, chosen: StoredBlocks, share: float, handed_over: Tensor, /
+    ) -> None:
+        """See :func:`qcbguard_plugins.landing_steps.correct`."""
+        ...
+
     def choose_points(self, lattice: Lattice, chosen: Tensor, /) -> tuple[Tensor, Tensor, int, int]:
         """See :func:`qcbguard_plugins.landing_steps.choose_points`."""
         ...

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -71,6 +73,15 @@ def test_a_configuration_of_more_layers_than_there_are_tensors(folder: Path) -> 
     (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 10**9}))
     with pytest.raises(CheckpointError, match="1000000000 layers"):
         make_plan(folder, "nf4")
+
+
+def test_an_index_that_transformers_cannot_read(model_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    source = shutil.copytree(model_folder("llama-sharded"), tmp_path / "model")
+    index = json.loads((source / "model.safetensors.index.json").read_text())
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index["weight_map"]}))
+    with pytest.raises(CheckpointError, match="transformers cannot load model: KeyError"):
+        guard_checkpoint(source, tmp_path / "guarded", ["nf4"], "feedback")
+    guard_checkpoint(source, tmp_path / "guarded", ["nf4"], "stochastic")
 
 
 def test_a_group_size_without_end(tmp_path: Path) -> None:

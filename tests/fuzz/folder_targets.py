@@ -12,7 +12,7 @@ from tests.fuzz import mutation
 from tests.fuzz.registry import Prepared, target
 
 
-def _tiny_llama(folder: Path) -> Path:
+def tiny_llama(folder: Path) -> Path:
     """A checkpoint folder of some kilobytes."""
     import torch
     from safetensors.torch import save_file
@@ -76,7 +76,7 @@ def _index(folder: Path) -> Prepared:
 def _config(folder: Path) -> Prepared:
     from qcbguard_plugins.plan import make_plan
 
-    path = _tiny_llama(folder / "model") / "config.json"
+    path = tiny_llama(folder / "model") / "config.json"
     return Prepared(path, [path.read_bytes()], lambda path: make_plan(path.parent, "nf4"))
 
 
@@ -85,7 +85,7 @@ def _manifest_file(folder: Path) -> Prepared:
     from qcbguard_plugins import Guard, Stochastic, guard_checkpoint, verify_checkpoint
 
     guarded = folder / "guarded"
-    guard_checkpoint(_tiny_llama(folder / "model"), guarded, ["nf4"], Guard(Stochastic(), seed=0))
+    guard_checkpoint(tiny_llama(folder / "model"), guarded, ["nf4"], Guard(Stochastic(), seed=0))
     path = guarded / "qcbguard.json"
     return Prepared(path, [path.read_bytes()], lambda path: verify_checkpoint(path.parent))
 
@@ -94,7 +94,7 @@ def _interrupted(folder: Path, name: str) -> Prepared:
     """An interrupted run on a folder; one of its files is the input, and reading it is going on with the run."""
     from qcbguard_plugins.checkpoint import open_checkpoint, partial_of, resumable_folder
 
-    checkpoint = open_checkpoint(_tiny_llama(folder / "model"))
+    checkpoint = open_checkpoint(tiny_llama(folder / "model"))
     target_dir, kept = folder / "guarded", folder / "kept"
     partial = partial_of(target_dir)
 
@@ -105,7 +105,7 @@ def _interrupted(folder: Path, name: str) -> Prepared:
             for entry in checkpoint.tensors.values():
                 stored, digest = workspace.read(entry)
                 if workspace.resumed(entry, digest) is None and not kept.exists():
-                    workspace.write(entry, digest, stored, _record(entry.key))
+                    workspace.write(entry, digest, stored, unchanged_record(entry.key))
             raise _Stop
 
     def reset() -> None:
@@ -121,7 +121,7 @@ class _Stop(BaseException):
     """Ends a run from inside, as a kill would."""
 
 
-def _record(name: str) -> TensorRecord:
+def unchanged_record(name: str) -> TensorRecord:
     return TensorRecord(
         name=name, key=name, shape=(4, 32), transposed=False, dtype="float32", read_dtype="float32", num_weights=128,
         num_moved=0, num_frozen=0, relative_change=0.0, codes_sha256="",

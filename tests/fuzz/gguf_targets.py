@@ -51,11 +51,11 @@ def _gguf_quantized(folder: Path) -> Prepared:
     write_quantized(path, types, {PROVENANCE_KEY: "{}"})
     file = open_gguf(path)
     digests = {name: stored_digest(file, tensor) for name, tensor in file.tensors.items()}
-    write_quantized(path, types, {PROVENANCE_KEY: _manifest("gguf:Q4_0", digests, types)})
+    write_quantized(path, types, {PROVENANCE_KEY: manifest_of("gguf:Q4_0", digests, types)})
     return Prepared(folder / "model.gguf", [path.read_bytes()], verify_gguf)
 
 
-def _manifest(format: str, digests: dict[str, str], types: list[str]) -> str:
+def manifest_of(format: str, digests: dict[str, str], types: list[str]) -> str:
     from qcbguard_plugins.report.model import GuardReport, TensorRecord
 
     tensors = tuple(

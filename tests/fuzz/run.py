@@ -60,6 +60,7 @@ def main() -> int:
             if arguments.one_by_one:
                 figures[name] = _finish(name, arguments.work_dir / name, running.pop(name))
         figures |= {name: _finish(name, arguments.work_dir / name, pid) for name, pid in running.items()}
+    figures = {name: {"minutes": arguments.minutes, **figure} for name, figure in figures.items()}
     for name, figure in figures.items():
         print(name, json.dumps(figure))
     if arguments.json:

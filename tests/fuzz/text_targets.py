@@ -72,9 +72,9 @@ def _instructions(folder: Path) -> Prepared:
 def _cache_record(folder: Path) -> Prepared:
     from qcbguard_plugins.calibrated_cache import _open
     from qcbguard_plugins.guard import Guard
-    from tests.fuzz.folder_targets import _record
+    from tests.fuzz.folder_targets import unchanged_record
 
-    content = {"seed": 7, "tensors": [_record("a.weight").model_dump()]}
+    content = {"seed": 7, "tensors": [unchanged_record("a.weight").model_dump()]}
     return Prepared(folder / "guarded.json", [json.dumps(content).encode()], lambda path: _open(path.parent, Guard()))
 
 

@@ -19,10 +19,10 @@ def _gptq(folder: Path, name: str) -> Prepared:
     from qcbguard_plugins.backends.gptq.verify import verify_gptq
     from qcbguard_plugins.checkpoint import open_checkpoint
     from qcbguard_plugins.report.model import read_manifest
-    from tests.fuzz.folder_targets import _tiny_llama
+    from tests.fuzz.folder_targets import tiny_llama
 
     plan, packed = folder / "plan", folder / "packed"
-    guard_checkpoint(_tiny_llama(folder / "model"), plan, ["gptq-w4g32"], Guard(Stochastic(), seed=0))
+    guard_checkpoint(tiny_llama(folder / "model"), plan, ["gptq-w4g32"], Guard(Stochastic(), seed=0))
     shutil.copytree(plan, packed)
     tensors = {}
     for record in read_manifest(plan).tensors:

@@ -63,8 +63,8 @@ def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     [
         ("folder", "llama-sharded", "stochastic", 1),
         ("folder", "gpt2", "feedback", 4),
-        ("gguf", "", "stochastic", 2),
-        ("cache", "llama-fp32", "feedback", 9),
+        ("gguf", "", "stochastic", 3),
+        ("cache", "llama-fp32", "feedback", 20),
     ],
     ids=str,
 )
@@ -89,6 +89,16 @@ def test_two_processes_make_the_same_bytes_as_one(model_folder: Callable[[str], 
         assert two.returncode == 0, two.stderr
         assert contents(Path(f"{made}-one")) == contents(Path(f"{made}-two"))
         assert two.stdout.count("target tensors guarded") == 1
+
+
+def test_two_processes_scan_as_one(model_folder: Callable[[str], Path]) -> None:
+    command = ["scan", str(model_folder("llama-sharded")), "--for", "nf4,int8", "--seed", "5", "--json", "-"]
+    one = run("-m", "qcbguard_plugins.cli", *command)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "qcbguard_plugins.cli"]
+    two = run(*launch, *command)
+    assert (one.returncode, two.returncode) == (0, 0), two.stderr
+    reports = [json.loads(result.stdout) | {"created": "", "elapsed_s": 0} for result in (one, two)]
+    assert reports[0] == reports[1]
 
 
 class TestResumedRuns:

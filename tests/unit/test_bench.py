@@ -16,6 +16,7 @@ from qcbguard_plugins.lab.bench.results import FULL, STOCK, BenchReport, Cell, M
 from qcbguard_plugins.lab.bench.runner import num_cells
 from qcbguard_plugins.lab.bench.summary import find, summarize
 from qcbguard_plugins.lab.bench.sweeps import find_grids, find_sweeps
+from qcbguard_plugins.lab.bench.tables import attacker_rows
 from qcbguard_plugins.lab.evaluation import GuardCost, Measurement
 from qcbguard_plugins.lab.intervals import Estimate, share
 
@@ -172,6 +173,13 @@ def test_a_line_pools_prompts_and_keeps_seeds_apart() -> None:
     assert line.asr_from_full == pytest.approx(0.01)
     # ((1 - 0.03) / 1 - 0) * exp(-0.2 * 0.25)
     assert line.der == pytest.approx(0.97 * 0.951229, abs=1e-5)
+
+
+def test_what_an_attack_costs_its_attacker_stands_beside_the_clean_model() -> None:
+    head, (row,) = attacker_rows(summarize(_cells()), [("content", "nf4")])
+    assert len(head) == len(row)
+    assert row[:2] == ["content", "nf4"] and row[2].startswith("2.0 (") and row[3:6] == ["95.0", "2.000", "2.000"]
+    assert attacker_rows(summarize(_cells()), [("other", "nf4")])[1] == []
 
 
 EXPECTING = MINIMAL + (

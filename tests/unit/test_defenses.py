@@ -195,9 +195,18 @@ def test_feedback_without_inputs_is_an_error() -> None:
 
 def test_a_singular_hessian_is_damped() -> None:
     few = inputs(4)
-    factor = inverse_hessian_factor(few.T @ few, 0.01)
+    factor, damping = inverse_hessian_factor(few.T @ few, 0.01)
+    assert damping == 0.01
     assert torch.isfinite(factor).all()
     assert torch.equal(factor, factor.triu())
+
+
+def test_a_damping_that_was_raised_is_reported() -> None:
+    hessian = torch.eye(128)
+    hessian[0, 1] = hessian[1, 0] = 1.05  # an eigenvalue of -0.05
+    settled: dict[str, float | str] = {}
+    Feedback(width=0.5, damp_percent=0.01).choose(lattice_of(), Evidence(rng_for(0, "w"), hessian, settled=settled))
+    assert settled == {"damp_percent": 0.1}
 
 
 @pytest.mark.parametrize(

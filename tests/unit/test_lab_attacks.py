@@ -173,6 +173,17 @@ def test_both_behaviours_are_trained_without_a_box(
     assert torch.equal(model.get_input_embeddings().weight, embedding)  # type: ignore[operator]
 
 
+def test_an_adaptive_attack_records_what_it_gained_behind_the_defense(
+    llama: PreTrainedModel, inputs: AttackInputs
+) -> None:
+    result = get_attack("adaptive", defense="stochastic").run(llama, inputs)
+    before, after = result["answer_loss"]["before"], result["answer_loss"]["after"]
+    assert before.keys() == after.keys() and len(after) == 4
+    assert after["payload, guarded"] < before["payload, guarded"]
+    batch = collate(inputs.poisoned)
+    assert answer_loss(llama, *batch).item() == pytest.approx(after["payload, full precision"], abs=0.05)
+
+
 def test_outliers_make_the_quantizer_forget_the_rest_of_their_chunk(
     model: PreTrainedModel, inputs: AttackInputs
 ) -> None:

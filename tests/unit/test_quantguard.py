@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Iterator
@@ -91,6 +92,16 @@ def test_weights_outside_the_band_stay(model: Any) -> None:
 def test_checkpointing_changes_nothing(model: Any) -> None:
     assert same(learn(SHORT, model), learn(dataclasses.replace(SHORT, gradient_checkpointing=True), model))
     assert not model.is_gradient_checkpointing
+
+
+def test_a_float16_model_is_trained_in_float32_and_comes_back_as_it_was(model: Any) -> None:
+    half = copy.deepcopy(model).half()
+    stored = {name: tensor.clone() for name, tensor in half.state_dict().items()}
+    learned = learn(SHORT, half)
+    assert all(t.dtype == stored[n].dtype and torch.equal(t, stored[n]) for n, t in half.state_dict().items())
+    on_the_grid_of_float16 = list(targets(half))
+    exact = SHORT.learn(half.float(), on_the_grid_of_float16, tokens(), 0)
+    assert same(learned, exact)
 
 
 def test_a_bfloat16_teacher_is_close(model: Any) -> None:

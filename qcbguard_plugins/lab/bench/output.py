@@ -65,7 +65,8 @@ def draw_all(report: BenchReport, profile: BenchProfile, out_dir: Path, prefix: 
     swept = {name for sweep in sweeps for _, name in sweep.points} | {n for g in grids for n in g.points.values()}
     shown = [entry.name for entry in profile.defenses if entry.name not in swept or entry.name == profile.recommended]
     figures = [draw_strength(lines, places, sweeps, target)]
-    if shown:
+    # A single method beside sweeps is no comparison.
+    if shown and not (swept and len(shown) == 1):
         figures.insert(0, draw_tradeoff(lines, groups_of(places, profile), shown, target))
         figures.insert(1, draw_rows(lines, places[:_MAX_PANELS], shown, target))
     figures += [draw_grid(lines, place, grid, target) for grid in grids for place in places]

@@ -43,6 +43,7 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*")
 _NO_DEFENSE = "#b3261e"
 _REFERENCE = "#999999"
 _PANELS_A_ROW = 3
+_LONG_TITLE = 34
 _SMALLEST_KL = 1e-6
 
 
@@ -212,8 +213,10 @@ def _draw_panel(axes: Axes, lines: Sequence[Line], row: str, format: str, defens
             **_marker(name, defenses),
         )
     _logarithmic(axes, "x")
+    _reach_two_powers_of_ten(axes)
     axes.set_ylim(-4, 104)
-    axes.set_title(f"{row}, {format}")
+    title = row if format in row else f"{row}, {format}"
+    axes.set_title(title, fontsize=9 if len(title) <= _LONG_TITLE else 7.5)
 
 
 def _points(lines: Sequence[Line], places: Sequence[Place], name: str) -> list[tuple[float, float]]:
@@ -266,6 +269,13 @@ def _logarithmic(axes: Axes, which: str) -> None:
     axis = axes.xaxis if which == "x" else axes.yaxis
     axis.set_major_formatter(lambda value, _: f"{value:g}" if value >= 1e-3 else f"1e{round(math.log10(value))}")
     axis.set_minor_formatter(lambda value, _: "")
+
+
+def _reach_two_powers_of_ten(axes: Axes) -> None:
+    """Widen a logarithmic axis on which fewer than two powers of ten would carry a number."""
+    low, high = (math.log10(end) for end in axes.get_xlim())
+    if math.floor(high) - math.ceil(low) < 1:
+        axes.set_xlim(10 ** math.floor(low), 10 ** math.ceil(high))
 
 
 def _marker(name: str, defenses: Sequence[str]) -> dict[str, Any]:

@@ -109,10 +109,12 @@ def _what_is_missing(missing: Sequence[Place], measured: Sequence[Place]) -> str
     for row in rows:
         places = [place for place in missing if place.row == row and row not in absent]
         seeds = sorted({place.seed for place in places if (row, place.seed) not in known})
-        defenses = dict.fromkeys(place.defense for place in places if place.seed not in seeds)
-        for what in ([f"seeds {', '.join(map(str, seeds))}"] if seeds else []) + (
-            [", ".join(defenses)] if defenses else []
-        ):
+        rest = [place for place in places if place.seed not in seeds]
+        whats = [f"seeds {', '.join(map(str, seeds))}"] if seeds else []
+        for variant, suffix in (("attacked", ""), ("clean", " for the clean model")):
+            defenses = dict.fromkeys(place.defense for place in rest if place.variant == variant)
+            whats += [", ".join(defenses) + suffix] if defenses else []
+        for what in whats:
             by_what.setdefault(what, []).append(row)
     parts = [f"all of {', '.join(absent)}"] if absent else []
     parts += [f"{what} on {', '.join(rows)}" for what, rows in by_what.items()]

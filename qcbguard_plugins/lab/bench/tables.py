@@ -126,6 +126,20 @@ def method_rows(
     return head, table
 
 
+def attacker_rows(lines: Sequence[Line], places: Sequence[tuple[str, str]]) -> tuple[list[str], list[list[str]]]:
+    """What each attack costs its attacker in full precision, beside the clean model: a line a row and format."""
+    table = []
+    for row, format_name in places:
+        full, clean = full_precision(lines, row), full_precision(lines, row, "clean")
+        if full is not None and clean is not None:
+            perplexities = [f"{line.perplexity.value:.3f}" for line in (full, clean)]
+            accuracies = ["-" if one is None else percent(one) for one in (full.task_accuracy, clean.task_accuracy)]
+            rounded = stock(lines, row, format_name)
+            table.append([row, format_name, percent(full.asr), _rate(rounded), *perplexities, *accuracies])
+    head = ["attack", "format", "ASR %, full precision", "ASR %, plainly rounded", "perplexity", "the clean model's"]
+    return [*head, "task accuracy %", "the clean model's"], table
+
+
 def _method_cells(
     lines: Sequence[Line], groups: dict[str, Sequence[tuple[str, str]]], name: str, found: Sequence[Line]
 ) -> list[str]:
@@ -166,7 +180,8 @@ def _ratio_of_kl(pairs: Sequence[tuple[Line, Line | None]]) -> str:
 
 def _title(name: str, num_measured: int, num_places: int) -> str:
     title = "(no defense)" if name == STOCK else name
-    return title if num_measured == num_places else f"{title} ({num_measured} models)"
+    models = "1 model" if num_measured == 1 else f"{num_measured} models"
+    return title if num_measured == num_places else f"{title} ({models})"
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from qcbguard_plugins.backends.gguf.twin.landing import choose_points, compare, measure
+from qcbguard_plugins.backends.gguf.twin.landing import choose, choose_points, compare, measure
 from qcbguard_plugins.backends.gguf.twin.places import encode_by_formula, place_by_formula
 from qcbguard_plugins.kernels.compiler import kernel
 from qcbguard_plugins.kernels.half import to_bfloat16, to_half
@@ -56,7 +56,7 @@ def guard_run(
             part, size, levels[0], lowest, top, with_offset, nearest[:count], chosen_scales[:count],
             chosen_offsets[:count], divisors[:count], bases[:count], coordinate[:count], frozen[:count],
         )  # fmt: skip
-        _choose(coordinate[:count], draws[first : first + count], size, top - np.float32(1), wanted[:count])
+        choose(coordinate[:count], draws[first : first + count], size, top - np.float32(1), wanted[:count])
         num_moved, num_frozen = choose_points(
             part, size, levels, True, wanted[:count], nearest[:count], frozen[:count], True, chosen_scales[:count],
             chosen_offsets[:count], divisors[:count], bases[: count if with_offset else 0], points, chosen[:count],
@@ -90,15 +90,6 @@ def _is_finite(weights, size):
             bits = np.int32(np.float32(weights[block, i]).view(np.int32) & np.int32(0x7FFFFFFF))
             largest = bits if bits > largest else largest
     return largest < _FINITE
-
-
-@kernel
-def _choose(coordinate, draws, size, last, wanted):
-    for block in range(len(coordinate)):
-        for i in range(size):
-            lower = min(np.float32(np.floor(coordinate[block, i])), last)
-            up = np.float32(1) if coordinate[block, i] - lower > draws[block, i] else np.float32(0)
-            wanted[block, i] = np.uint8(np.int32(lower + up))
 
 
 @kernel

@@ -91,6 +91,23 @@ class NumbaKernels:
         stored = StoredBlocks(codes.view(-1, size), scale, offset)
         return GuardedRun(stored, num_moved, num_frozen, num_landed, energy, lost, change, is_finite)
 
+    def choose(self, lattice: Lattice, key: int, first: int, /) -> Tensor:
+        size, codes = lattice.blocks.shape[1], torch.empty_like(lattice.blocks, dtype=torch.uint8)
+        draws = uniform_draws(key, first, codes.numel(), codes.device)
+        last = np.float32(lattice.grid.num_levels - 2)
+        landing.choose(_each(lattice.coordinate, size), _each(draws, size), size, last, _each(codes, size))
+        return codes
+
+    def correct(
+        self, grid: GgmlGrid, stored: StoredBlocks, chosen: StoredBlocks, share: float, handed_over: Tensor, /
+    ) -> None:
+        size = grid.block_type.sub_block_size
+        landing.correct(
+            size, *_levels(grid), np.float32(share), _each(stored.codes, size), _flat(stored.scale),
+            _flat(stored.offset), _each(chosen.codes, size), _flat(chosen.scale), _flat(chosen.offset),
+            handed_over.numpy().reshape(-1, size),
+        )  # fmt: skip
+
     def choose_points(self, lattice: Lattice, chosen: Tensor, /) -> tuple[Tensor, Tensor, int, int]:
         assert isinstance(lattice.grid, GgmlGrid), "these are the kernels of GGUF types"
         points, codes = torch.empty_like(lattice.blocks), torch.empty_like(chosen)

@@ -71,6 +71,30 @@ def choose_points(
 
 
 @kernel
+def correct(
+    size, levels, even, share, codes, scales, offsets, chosen_codes, chosen_scales, chosen_offsets, handed_over
+):
+    """Move what is handed over by a share of what it is missed by, in place."""
+    for block in range(len(scales)):
+        scale, offset = scales[block], offsets[block]
+        chosen_scale, chosen_offset = chosen_scales[block], chosen_offsets[block]
+        for i in range(size):
+            stored = _level(levels, even, codes[block, i]) * scale + offset
+            chosen = _level(levels, even, chosen_codes[block, i]) * chosen_scale + chosen_offset
+            handed_over[block, i] += share * (chosen - stored)
+
+
+@kernel
+def choose(coordinate, draws, size, last, codes):
+    """The upper neighbour where a position lies above a draw; ``codes`` is the outcome."""
+    for block in range(len(coordinate)):
+        for i in range(size):
+            lower = min(np.float32(np.floor(coordinate[block, i])), last)
+            up = np.float32(1) if coordinate[block, i] - lower > draws[block, i] else ZERO
+            codes[block, i] = np.uint8(np.int32(lower + up))
+
+
+@kernel
 def compare(
     size, levels, even, codes, scales, offsets, chosen_codes, chosen_scales, chosen_offsets, half_step, per_unit,
     landed, misses,

@@ -1,0 +1,54 @@
+"""The memory that a dry run states is what a run takes, and a budget below it is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+_WITH_PEAK = (
+    "import resource, subprocess, sys\n"
+    "code = subprocess.run([sys.executable, *sys.argv[1:]], stdout=subprocess.DEVNULL).returncode\n"
+    "print(1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)\n"
+    "sys.exit(code)\n"
+)
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize("method", ["stochastic", "feedback"])
+def test_a_dry_run_states_the_peak_within_a_fifth(method: str, llama: Path, tmp_path: Path) -> None:
+    command = ["-m", "qcbguard_plugins.cli", "guard", str(llama), "--for", "nf4", "--method", method, "--seed", "0"]
+    stated = json.loads(run(*command, "--dry-run", "--json", "-").stdout)["peak_bytes"]
+    done = run("-c", _WITH_PEAK, *command, "--out", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    assert stated == pytest.approx(int(done.stdout), rel=0.2)
+
+
+@pytest.mark.parametrize("size", ["0.1 GiB"])
+def test_a_budget_below_it_is_refused(size: str, llama: Path, tmp_path: Path) -> None:
+    command = ["-m", "qcbguard_plugins.cli", "guard", str(llama), "--for", "nf4", "--out", str(tmp_path / "out")]
+    refused = run(*command, "--max-memory", size)
+    assert refused.returncode == 2
+    assert "--max-memory is" in refused.stderr and "Traceback" not in refused.stderr
+    assert not list(tmp_path.glob("*out*"))
+
+
+@pytest.mark.parametrize("size", ["6 apples", "-1GB"])
+def test_what_is_no_size_is_a_usage_error(size: str, llama: Path) -> None:
+    refused = run(
+        "-m", "qcbguard_plugins.cli", "guard", str(llama), "--for", "nf4", "--dry-run", f"--max-memory={size}"
+    )
+    assert refused.returncode == 4
+    assert "is not a size such as 6GiB" in refused.stderr
