@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +19,6 @@ from qcbguard_plugins.checkpoint import (
     open_checkpoint,
     resumable_folder,
 )
-from qcbguard_plugins.checkpoint.writer import flush_to_disk
 from qcbguard_plugins.defenses import Defense
 from qcbguard_plugins.grids import Grid
 from qcbguard_plugins.guard import Guard, as_guard
@@ -46,7 +43,7 @@ from qcbguard_plugins.rounding import guard_weight
 from qcbguard_plugins.several import coarsest_first, require_all_grids
 from qcbguard_plugins.team import ALONE, Team
 from qcbguard_plugins.threads import map_over_threads
-from qcbguard_plugins.verification import Behind, Verification, require_as_planned, twin_facts, verify_tensor
+from qcbguard_plugins.verification import require_as_planned, twin_facts, verify_tensor
 
 if TYPE_CHECKING:
     from qcbguard_plugins.backends.gguf.options import GgufOptions
@@ -127,20 +124,14 @@ def guard_planned(
         team.wait()
         toolchain = plan.gguf.toolchain if plan.gguf else {}
         made = replace(plan.checkpoint, path=workspace.folder)
-        with Behind() as behind, Verification(made, plan.format, toolchain) as verification:
-            files = _FileHashes(plan.checkpoint, workspace.folder, team, behind)
-            guarded = []
-            for record in _guard_targets(plan, guard, workspace, progress, team, streamed=streamed):
-                guarded.append(record)
-                files.flush(plan.checkpoint.tensors[record.key].shard)
-                # With an importance matrix only the quantized file can be verified; what the real quantizer stores is
-                # the plan.
-                if plan.gguf is None or not plan.gguf.imatrix.digest:
-                    verification.add(record)
-            guarded = team.gather(guarded)
-            require_as_planned(team.gather(verification.verdicts()))
-            records = {record.name: record for record in guarded}
-            file_records = files.gather()
+        guarded, verdicts = [], []
+        for record in _guard_targets(plan, guard, workspace, progress, team, streamed=streamed):
+            guarded.append(record)
+            # With an importance matrix only the quantized file can be verified; what the quantizer stores is the plan.
+            if plan.gguf is None or not plan.gguf.imatrix.digest:
+                verdicts.append(verify_tensor(made, record, plan.format, toolchain, sampled=True))
+        require_as_planned(team.gather(verdicts))
+        records = {record.name: record for record in team.gather(guarded)}
         report = GuardReport(
             created=now(),
             versions=installed_versions(),
@@ -149,7 +140,7 @@ def guard_planned(
             **guard.describe(),
             tensors=tuple(records[target.name] for target in plan.targets),
             unguarded=plan.ignored,
-            files=tuple(file_records),
+            files=tuple(_hash_files(plan.checkpoint, workspace.folder, team)),
             left_out=tuple(left_out),
             toolchain=toolchain | twin_facts(plan.formats),
             purification=note_purification(plan.checkpoint.path),
@@ -160,31 +151,16 @@ def guard_planned(
     return report
 
 
-class _FileHashes:
-    """Hashes the shards of the source while tensors are guarded, and those of the outcome when all are there."""
+def _hash_files(checkpoint: Checkpoint, folder: Path, team: Team) -> list[FileRecord]:
+    """The hashes of all shards before and after, in all processes."""
 
-    def __init__(self, checkpoint: Checkpoint, folder: Path, team: Team, behind: Behind) -> None:
-        self._checkpoint, self._folder, self._team, self._behind = checkpoint, folder, team, behind
-        self._shards = team.share(checkpoint.shards, checkpoint.num_bytes_of)
-        self._sources = [behind.submit(functools.partial(hash_file, checkpoint.path / shard)) for shard in self._shards]
-        self._flushes = ThreadPoolExecutor(1)
-        self._flushing: Future[None] | None = None
+    def hash_both(shard: str) -> FileRecord:
+        return FileRecord(
+            name=shard, sha256_in=hash_file(checkpoint.path / shard), sha256_out=hash_file(folder / shard)
+        )
 
-    def flush(self, shard: str) -> None:
-        """Have a shard written to the disk while others are made, so that little is left for the end."""
-        if self._flushing is None or self._flushing.done():
-            self._flushing = self._flushes.submit(flush_to_disk, self._folder / shard)
-
-    def gather(self) -> list[FileRecord]:
-        """The hashes of all shards, in all processes."""
-        self._team.wait()
-        made = map_over_threads(lambda shard: hash_file(self._folder / shard), self._shards)
-        self._flushes.shutdown()
-        files = [
-            FileRecord(name=shard, sha256_in=source.result(), sha256_out=digest)
-            for shard, source, digest in zip(self._shards, self._sources, made, strict=True)
-        ]
-        return sorted(self._team.gather(files), key=lambda file: file.name)
+    files = map_over_threads(hash_both, team.share(checkpoint.shards, checkpoint.num_bytes_of))
+    return sorted(team.gather(files), key=lambda file: file.name)
 
 
 def verify_checkpoint(folder: Path | str, *, progress: Progress | None = None) -> VerifyReport:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from safetensors import safe_open
@@ -18,66 +16,8 @@ from qcbguard_plugins.grids import CodebookGrid, Grid, Int8Grid, get_grid
 from qcbguard_plugins.report.model import TensorRecord, TensorVerdict
 from qcbguard_plugins.several import stock_digest
 
-T = TypeVar("T")
-
 # Weights of a tensor that are read and compared at a time.
 _WEIGHTS_PER_PART = 1 << 22
-
-
-class Verification:
-    """Verifies the tensors of a folder, behind the back of who makes them where there is more than one thread.
-
-    Args:
-        checkpoint: The folder.
-        format: The formats of the run, for records without one of their own.
-        toolchain: The manifest's facts about llama.cpp.
-    """
-
-    def __init__(self, checkpoint: Checkpoint, format: str, toolchain: Mapping[str, str]) -> None:
-        self._checkpoint, self._format, self._toolchain = checkpoint, format, toolchain
-        self._behind = Behind()
-        self._verdicts: list[Future[TensorVerdict]] = []
-
-    def add(self, record: TensorRecord) -> None:
-        """Verify a tensor that is written."""
-
-        def verify() -> TensorVerdict:
-            return verify_tensor(self._checkpoint, record, self._format, self._toolchain, sampled=True)
-
-        self._verdicts.append(self._behind.submit(verify))
-
-    def verdicts(self) -> list[TensorVerdict]:
-        """Those of all tensors that were added, when they are there."""
-        return [verdict.result() for verdict in self._verdicts]
-
-    def __enter__(self) -> Verification:
-        self._behind.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._behind.__exit__(*error)
-
-
-class Behind:
-    """Does work on a thread of its own; at once where this process was given one thread."""
-
-    def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1) if torch.get_num_threads() > 1 else None
-
-    def submit(self, work: Callable[[], T]) -> Future[T]:
-        """Do it later; its outcome or error is what the future holds."""
-        if self._pool is not None:
-            return self._pool.submit(work)
-        done: Future[T] = Future()
-        done.set_result(work())
-        return done
-
-    def __enter__(self) -> Behind:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=error[0] is not None)
 
 
 def verify_tensor(
