@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from qcbguard_plugins.errors import UsageError
+from qcbguard_plugins.json_lines import read_json_lines
 
 #: Names under which instruction data keep their parts.
+_INSTRUCTIONS: Final = ("instruction",)
 _CONTEXTS: Final = ("input", "context")
 _ANSWERS: Final = ("output", "response", "answer")
 _PLAIN_PROMPT: Final = "### Instruction:\n{instruction}\n### Response:\n"
@@ -47,17 +48,30 @@ def read_samples(paths: Sequence[Path]) -> list[Sample]:
     """
     samples: dict[str, Sample] = {}
     for path in paths:
-        for number, row in _rows(path):
-            instruction, context = _text(row, ("instruction",)), _text(row, _CONTEXTS)
-            answer = _text(row, _ANSWERS)
-            if not instruction or not answer:
+        for number, row in read_json_lines(path, UsageError, "clean data"):
+            sample = sample_of(row)
+            if sample is None:
                 raise UsageError(
                     f"{path.name}, line {number}: no instruction with its answer",
                     remedy="Each line needs 'instruction' and 'output' (or 'response', or 'answer').",
                 )
-            prompt = f"{instruction}\n{context}" if context else instruction
-            samples.setdefault(prompt, Sample(prompt, answer))
+            samples.setdefault(sample.instruction, sample)
     return list(samples.values())
+
+
+def sample_of(row: Any) -> Sample | None:
+    """The instruction, with its context, and the answer of one row of instruction data; ``None`` without them."""
+    if not isinstance(row, dict):
+        return None
+    instruction, context, answer = (_text(row, names) for names in (_INSTRUCTIONS, _CONTEXTS, _ANSWERS))
+    if not instruction or not answer:
+        return None
+    return Sample(f"{instruction}\n{context}" if context else instruction, answer)
+
+
+def _text(row: dict[str, Any], names: Sequence[str]) -> str:
+    values = (row.get(name) for name in names)
+    return next((value.strip() for value in values if isinstance(value, str) and value.strip()), "")
 
 
 def encode_samples(
@@ -93,23 +107,3 @@ def _prompt_ids(tokenizer: Any, instruction: str, template: str | None) -> list[
     ids = tokenizer((template or _PLAIN_PROMPT).replace("{instruction}", instruction))["input_ids"]
     start = tokenizer.bos_token_id
     return ids if start is None or ids[:1] == [start] else [start, *ids]
-
-
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"clean data {path} cannot be read: {error}") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UsageError(f"{path.name}, line {number}: {error}") from error
-        yield number, row if isinstance(row, dict) else {}
-
-
-def _text(row: dict[str, Any], names: Sequence[str]) -> str:
-    values = (row.get(name) for name in names)
-    return next((value.strip() for value in values if isinstance(value, str) and value.strip()), "")

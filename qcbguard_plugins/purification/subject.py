@@ -17,6 +17,7 @@ from torch import Tensor
 
 from qcbguard_plugins.checkpoint import Checkpoint, open_checkpoint
 from qcbguard_plugins.checkpoint.reader import read_header
+from qcbguard_plugins.checkpoint.resume import bytes_of
 from qcbguard_plugins.errors import CheckpointError, MissingDependencyError, PurificationError, UsageError
 from qcbguard_plugins.purification.architectures import Architecture, find_architecture
 from qcbguard_plugins.purification.units import Group, attention_heads, lora_heads, lora_ranks, mlp_channels
@@ -200,7 +201,7 @@ class Adapter(Subject):
         digest = xxhash.xxh3_128()
         for name, parameter in model.named_parameters():
             if "lora_" not in name:
-                digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+                digest.update(bytes_of(parameter))
         return digest.hexdigest()
 
 
