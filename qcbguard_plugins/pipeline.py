@@ -132,6 +132,7 @@ def guard_planned(
                 verdicts.append(verify_tensor(made, record, plan.format, toolchain, sampled=True))
         require_as_planned(team.gather(verdicts))
         records = {record.name: record for record in team.gather(guarded)}
+        files = _hash_files(plan.checkpoint, workspace.folder, team)
         report = GuardReport(
             created=now(),
             versions=installed_versions(),
@@ -140,10 +141,10 @@ def guard_planned(
             **guard.describe(),
             tensors=tuple(records[target.name] for target in plan.targets),
             unguarded=plan.ignored,
-            files=tuple(_hash_files(plan.checkpoint, workspace.folder, team)),
+            files=tuple(files),
             left_out=tuple(left_out),
             toolchain=toolchain | twin_facts(plan.formats),
-            purification=note_purification(plan.checkpoint.path),
+            purification=note_purification(plan.checkpoint.path, files),
             elapsed_s=time.monotonic() - start,
         )
         if team.rank == 0:

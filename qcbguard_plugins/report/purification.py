@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from qcbguard_plugins.checkpoint.writer import hash_file
 from qcbguard_plugins.errors import CheckpointError
 from qcbguard_plugins.report.model import FileRecord, PurificationNote, Record
 
@@ -148,8 +148,12 @@ def read_purification(folder: Path) -> PurifyReport | None:
         ) from error
 
 
-def note_purification(folder: Path) -> PurificationNote | None:
+def note_purification(folder: Path, files: Sequence[FileRecord]) -> PurificationNote | None:
     """What a guard shall say of a folder's purification.
+
+    Args:
+        folder: The folder that was guarded.
+        files: Its weight files, as the guard found them.
 
     Raises:
         CheckpointError: Its manifest does not follow the schema.
@@ -157,6 +161,7 @@ def note_purification(folder: Path) -> PurificationNote | None:
     report = read_purification(folder)
     if report is None:
         return None
-    same = all((folder / f.name).is_file() and hash_file(folder / f.name) == f.sha256_out for f in report.files)
+    found = {file.name: file.sha256_in for file in files}
+    same = all(found.get(file.name) == file.sha256_out for file in report.files)
     digest = hashlib.sha256((folder / PURIFICATION_FILE).read_bytes()).hexdigest()
     return PurificationNote(created=report.created, manifest_sha256=digest, weights_as_purified=same)
