@@ -164,13 +164,13 @@ class _Job:
 
     def _round(self, run: slice, evidence: Evidence) -> _Tally:
         source = self.source[run]
-        settled = self.grid.settle(source)
-        lattice = self.grid.lattice(self.grid.read(settled), self.shape, source.dtype)
+        placed = self.grid.settle(source)
+        lattice = self.grid.lattice(self.grid.read(placed), self.shape, source.dtype)
         if not torch.isfinite(lattice.scale).all():
             raise self._not_finite()
         evidence.first = run.start * source.shape[1]
         codes = torch.where(lattice.frozen, lattice.nearest, self.defense.choose(lattice, evidence))
-        guarded = torch.where(lattice.frozen, settled, lattice.dequantize(codes).to(source.dtype))
+        guarded = torch.where(lattice.frozen, placed, lattice.dequantize(codes).to(source.dtype))
         tally = _tally(lattice, source, guarded, codes, self.numel - run.start * source.shape[1])
         self.codes[run], self.guarded[run] = codes, guarded
         return tally

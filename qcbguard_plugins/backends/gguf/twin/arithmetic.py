@@ -62,6 +62,19 @@ def load_lanes(weights, first, size, x):
 
 
 @kernel
+def find_largest(x, size, largest, magnitudes):
+    """Of each lane the first weight of the largest magnitude, with its sign, and that magnitude."""
+    for v in range(LANES):
+        largest[v] = ZERO
+        magnitudes[v] = ZERO
+    for i in range(size):
+        for v in range(LANES):
+            larger = abs(x[i, v]) > magnitudes[v]
+            largest[v] = x[i, v] if larger else largest[v]
+            magnitudes[v] = abs(x[i, v]) if larger else magnitudes[v]
+
+
+@kernel
 def weigh_lanes(x, size, kind, importance, means, unit, first, w):
     """Fill ``w`` with the weight of each squared error.
 

@@ -12,6 +12,7 @@ from qcbguard_plugins.backends.gguf.twin.arithmetic import (
     TINY,
     ZERO,
     clamp,
+    find_largest,
     load_lanes,
     mean_squares,
     nearest_int,
@@ -85,14 +86,7 @@ def _sum(x, w, state):
 @kernel
 def _search(x, w, state):
     """Find the scale of each lane: the best of sixteen divisors."""
-    for v in range(LANES):
-        state[_LARGEST, v] = ZERO
-        state[_MAGNITUDE, v] = ZERO
-    for i in range(_SIZE):
-        for v in range(LANES):
-            larger = abs(x[i, v]) > state[_MAGNITUDE, v]
-            state[_LARGEST, v] = x[i, v] if larger else state[_LARGEST, v]
-            state[_MAGNITUDE, v] = abs(x[i, v]) if larger else state[_MAGNITUDE, v]
+    find_largest(x, _SIZE, state[_LARGEST], state[_MAGNITUDE])
     for v in range(LANES):
         state[_INVERSE, v] = ONE / (-state[_LARGEST, v] / _LOWEST)
     _sum(x, w, state)

@@ -12,6 +12,7 @@ from qcbguard_plugins.backends.gguf.twin.arithmetic import (
     TINY,
     ZERO,
     clamp,
+    find_largest,
     load_lanes,
     mean_squares,
     nearest_int,
@@ -23,19 +24,6 @@ from qcbguard_plugins.kernels.half import to_half
 # Rows of the state of a search, one column a lane.
 _LARGEST, _MAGNITUDE, _INVERSE, _SUM_LX, _SUM_L2, _SCALE, _BEST, _BEST_INVERSE, _SUM_W = range(9)
 _NUM_STATES = 9
-
-
-@kernel
-def _find_largest(x, state, size):
-    """The first weight of the largest magnitude, with its sign."""
-    for v in range(LANES):
-        state[_LARGEST, v] = ZERO
-        state[_MAGNITUDE, v] = ZERO
-    for i in range(size):
-        for v in range(LANES):
-            larger = abs(x[i, v]) > state[_MAGNITUDE, v]
-            state[_LARGEST, v] = x[i, v] if larger else state[_LARGEST, v]
-            state[_MAGNITUDE, v] = abs(x[i, v]) if larger else state[_MAGNITUDE, v]
 
 
 @kernel
@@ -60,7 +48,7 @@ def _sum(x, w, state, size, half):
 @kernel
 def _search(x, w, state, size, half):
     """Find the scale of each lane: the best of nineteen divisors."""
-    _find_largest(x, state, size)
+    find_largest(x, size, state[_LARGEST], state[_MAGNITUDE])
     limit = np.float32(half)
     for v in range(LANES):
         state[_INVERSE, v] = -limit / state[_LARGEST, v]
@@ -91,7 +79,7 @@ def _search(x, w, state, size, half):
 @kernel
 def _refine(x, w, levels, state, size, half):
     """Q3_K's own search: change one code after the other while that makes the best scale fit better."""
-    _find_largest(x, state, size)
+    find_largest(x, size, state[_LARGEST], state[_MAGNITUDE])
     for v in range(LANES):
         state[_INVERSE, v] = -np.float32(half) / state[_LARGEST, v]
         state[_SUM_LX, v] = ZERO
