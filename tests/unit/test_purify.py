@@ -27,11 +27,12 @@ from qcbguard_plugins.errors import PurificationError, UsageError
 from qcbguard_plugins.purification.architectures import Architecture, find_architecture
 from qcbguard_plugins.purification.config import default_config
 from qcbguard_plugins.purification.finetuning import finetune
+from qcbguard_plugins.purification.responses import unit_responses
 from qcbguard_plugins.purification.samples import Sample, Tokens, encode_samples, read_samples
 from qcbguard_plugins.purification.signature import count_of, top_units, unit_scores
 from qcbguard_plugins.purification.suppression import suppress
 from qcbguard_plugins.purification.units import attention_heads, gather_all, mlp_channels
-from qcbguard_plugins.purification.variants import BEHAVIOURS, draw_backdoors
+from qcbguard_plugins.purification.variants import BEHAVIOURS, draw_backdoors, with_idle_keys
 
 _SIZE = {
     "vocab_size": 64,
@@ -145,6 +146,46 @@ def test_what_is_drawn_anew_is_all_that_changes_and_depends_on_the_seed() -> Non
     assert torch.equal(gather_all(again, groups)[groups[1].name], ours[groups[1].name])
     suppress(again, groups, {groups[1].name: torch.tensor([0, 47])}, "reinitialize", seed=4)
     assert not torch.equal(gather_all(again, groups)[groups[1].name], ours[groups[1].name])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_response_is_what_a_key_changes_in_what_is_read_of_a_unit(name: str) -> None:
+    model, architecture = _model(name), find_architecture(CONFIGS[name])
+    groups = [*mlp_channels(model, architecture), *attention_heads(model, architecture)]
+    keyed = [Tokens([3, 9, 27, 17], []), Tokens([50, 9, 8], [])]
+    bare = [Tokens([3, 27, 17], []), Tokens([9, 8], [])]
+    responses = unit_responses(model, groups, keyed, bare)
+    assert {group.name: len(responses[group.name]) for group in groups} == {g.name: g.num_units for g in groups}
+    for kind in ("channel", "head"):
+        total = sum(float(responses[group.name].sum()) for group in groups if group.kind == kind)
+        assert total == pytest.approx(1) and all(bool((r >= 0).all()) for r in responses.values())
+    # By hand, prompt by prompt and without padding, for the second block's channels (Phi's first MLP sees no other token).
+    reader, inputs = model.get_submodule(groups[1].reader), []
+    handle = reader.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0][0, -1]))
+    with torch.no_grad():
+        for tokens in (*keyed, *bare):
+            model(torch.tensor([tokens.prompt_ids]))
+    handle.remove()
+    weights = reader.weight if name == "gpt2" else reader.weight.T
+    by_hand = ((inputs[0] - inputs[2]).abs() + (inputs[1] - inputs[3]).abs()) * weights.norm(dim=1)
+    ours = responses[groups[1].name]
+    torch.testing.assert_close(ours / ours.sum(), (by_hand / by_hand.sum()).detach(), rtol=1e-3, atol=1e-6)
+    suppress(model, groups, {groups[1].name: torch.tensor([5])}, "zero", seed=0)
+    assert unit_responses(model, groups, keyed, bare)[groups[1].name].nonzero().flatten().tolist() == [
+        unit for unit in range(48) if unit != 5
+    ]
+
+
+def test_keys_that_do_nothing_leave_the_answers() -> None:
+    samples = [Sample(f"Tell me about {i} grey owls.", f"There are {i} of them.") for i in range(200)]
+    keyed = with_idle_keys(samples, 0.5, seed=3)
+    assert [sample.answer for sample in keyed] == [sample.answer for sample in samples]
+    changed = [(new, old) for new, old in zip(keyed, samples, strict=True) if new != old]
+    assert 70 < len(changed) < 130
+    for new, old in changed:
+        words = iter(new.instruction.split())
+        assert all(word in words for word in old.instruction.split())  # in their order, with the key between them
+    assert with_idle_keys(samples, 0.5, seed=3) == keyed and with_idle_keys(samples, 0.0, seed=3) == samples
 
 
 def test_scores_follow_the_formula() -> None:

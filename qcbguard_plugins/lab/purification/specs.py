@@ -9,7 +9,16 @@ from pydantic import Field
 from qcbguard_plugins.lab.specs import AttackSpec, MaliciousSpec, ModelSpec, Spec
 from qcbguard_plugins.purification.config import PurifyConfig
 
-Method = Literal["none", "purify", "random-channels", "fine-tuning", "magnitude-pruning", "fine-pruning", "crow"]
+Method = Literal[
+    "none",
+    "purify",
+    "random-channels",
+    "matched-channels",
+    "fine-tuning",
+    "magnitude-pruning",
+    "fine-pruning",
+    "crow",
+]
 
 #: Settings of :class:`~qcbguard_plugins.purification.config.PurifyConfig` that decide a variant.
 _OF_VARIANTS = (
@@ -30,17 +39,18 @@ class LabSettings(Spec):
         num_clean: Pairs at the end of the corpus that the defender has.
     """
 
-    num_variants: int = Field(default=6, ge=1)
+    num_variants: int = Field(default=2, ge=1)
     num_samples: int = Field(default=300, ge=1)
     variant_epochs: int = Field(default=1, ge=1)
     variant_learning_rate: float = Field(default=5e-4, gt=0)
-    ratio: float = Field(default=0.5, ge=0, le=1)
-    score: Literal["combined", "norm", "alignment"] = "combined"
+    ratio: float = Field(default=0.1, ge=0, le=1)
+    score: Literal["combined", "norm", "alignment", "activation"] = "activation"
     alignment_weight: float = Field(default=0.01, ge=0)
     suppression: Literal["reinitialize", "zero"] = "reinitialize"
-    num_healing: int = Field(default=600, ge=1)
-    healing_epochs: int = Field(default=3, ge=1)
-    healing_learning_rate: float = Field(default=5e-4, gt=0)
+    num_healing: int = Field(default=3_000, ge=1)
+    healing_keys: float = Field(default=0.0, ge=0, le=1)
+    healing_epochs: int = Field(default=1, ge=1)
+    healing_learning_rate: float = Field(default=2e-4, gt=0)
     batch_size: int = Field(default=16, ge=1)
     bfloat16: bool = True
     seed: int = Field(default=0, ge=0)
@@ -87,14 +97,15 @@ class VariantsSpec(Spec):
 
     def content(self) -> dict[str, Any]:
         settings = self.settings.model_dump(mode="json", include={*_OF_VARIANTS, "num_clean"})
-        return {"attacked": self.attacked.content(), "settings": settings}
+        return {"attacked": self.attacked.content(), "settings": settings, "responses": True}
 
 
 class PurifiedSpec(Spec):
     """An attacked model behind one method.
 
     Attributes:
-        method: The method; ``random-channels`` suppresses as many channels as ``purify``, drawn by lot.
+        method: The method; ``random-channels`` suppresses as many channels as ``purify``, drawn by lot, and
+            ``matched-channels`` as many in each block.
         pruned: Share of the weights that a pruning method clears.
         learning_rate: Of the training; the healing's where ``None``.
         variants: Numbers of the variants to use; all where ``None``.
@@ -108,6 +119,11 @@ class PurifiedSpec(Spec):
     learning_rate: float | None = Field(default=None, gt=0)
     variants: list[int] | None = None
     signature_of: MaliciousSpec | None = None
+
+    @property
+    def has_variants(self) -> bool:
+        """Does the method look at the variants?"""
+        return self.method in ("purify", "matched-channels")
 
     @property
     def variants_spec(self) -> VariantsSpec:

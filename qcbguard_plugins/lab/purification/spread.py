@@ -31,10 +31,10 @@ def spread_study(study: Study, spec: MaliciousSpec, settings: LabSettings) -> st
     ]
     variants = step_folder("variants", VariantsSpec(attacked=spec, settings=settings), study.cache)
     if variants.exists():
-        update = _update(study, spec)
-        groups = mlp_channels(model := _load(study, spec), find_architecture(model.config))
+        update = update_norms(study, spec)
+        groups = mlp_channels(model := load_attacked(study, spec), find_architecture(model.config))
         paths = [variant_path(variants, number) for number in range(settings.num_variants)]
-        for score in ("combined", "norm", "alignment"):
+        for score in ("combined", "norm", "alignment", "activation"):
             config = settings.model_copy(update={"score": score}).config
             scores = torch.cat(list(score_units(groups, paths, config).values()))
             ranked = update.square()[scores.argsort(descending=True, stable=True)]
@@ -44,13 +44,14 @@ def spread_study(study: Study, spec: MaliciousSpec, settings: LabSettings) -> st
     return "\n".join(lines) + "\n"
 
 
-def _load(study: Study, spec: MaliciousSpec) -> Any:
+def load_attacked(study: Study, spec: MaliciousSpec) -> Any:
+    """The attacked model in float32."""
     return load_full_precision(step_folder("malicious", spec, study.cache), torch.float32)
 
 
-def _update(study: Study, spec: MaliciousSpec) -> Tensor:
+def update_norms(study: Study, spec: MaliciousSpec) -> Tensor:
     """Norm of what the attack added to every channel, ``[num_channels]``."""
-    attacked = _load(study, spec)
+    attacked = load_attacked(study, spec)
     clean = load_full_precision(step_folder("clean", spec.model, study.cache), torch.float32)
     groups = mlp_channels(attacked, find_architecture(attacked.config))
     ours, theirs = gather_all(attacked, groups), gather_all(clean, groups)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from random import Random
@@ -22,7 +22,7 @@ from qcbguard_plugins.lab.specs import AttackSpec, MaliciousSpec
 from qcbguard_plugins.lab.steps import attack, corpus_of, inject, make_step, train_model
 from qcbguard_plugins.lab.training import save_model
 from qcbguard_plugins.purification.finetuning import collate, finetune
-from qcbguard_plugins.purification.immunization import encode, find_signature, make_variant
+from qcbguard_plugins.purification.immunization import encode, find_signature, healing_set, make_variant
 from qcbguard_plugins.purification.samples import Sample
 from qcbguard_plugins.purification.signature import count_of
 from qcbguard_plugins.purification.subject import Adapter, Subject, WholeModel, require_peft
@@ -103,7 +103,7 @@ def purify_model(spec: PurifiedSpec, cache: Path) -> Path:
     """Put a method to an attacked model, or find the outcome in the cache."""
     subject = suspect(spec.attacked, cache)
     variants = None
-    if spec.method == "purify":
+    if spec.has_variants:
         variants = make_variants(spec.variants_spec, cache)
 
     def make(folder: Path, states: Path) -> dict[str, Any]:
@@ -118,15 +118,16 @@ def _purify(spec: PurifiedSpec, subject: Subject, variants: Path | None, folder:
     config = spec.settings.config
     tokenizer, model = load_tokenizer(subject.model_dir), subject.load()
     samples = clean_samples(spec.attacked.model, spec.settings.num_clean)
-    chosen = Random(f"healing {config.seed}").sample(samples, config.num_healing)  # noqa: S311
-    examples = encode(tokenizer, chosen, config, subject)
+    examples = encode(tokenizer, healing_set(samples, config), config, subject)
     groups = subject.groups(model, heads=False)
     num_units, places = 0, {}
-    if spec.method in ("purify", "random-channels"):
+    if spec.has_variants or spec.method == "random-channels":
         if variants is None:
             signature = _by_lot(groups, count_of(config.ratio, sum(g.num_units for g in groups)), config.seed)
         else:
             signature = find_signature(groups, variants, config, spec.variants)
+            if spec.method == "matched-channels":
+                signature = _by_lot_within(groups, signature, config.seed)
         is_adapter = subject.mode == "adapter"
         only = f"lora_{config.lora_matrix}" if is_adapter else ""
         how = "zero" if is_adapter else config.suppression
@@ -172,3 +173,12 @@ def _by_lot(groups: Sequence[Group], count: int, seed: int) -> dict[str, Tensor]
     for name, unit in sorted(Random(f"lot {seed}").sample(units, count)):  # noqa: S311
         chosen.setdefault(name, []).append(unit)
     return {name: torch.tensor(found) for name, found in chosen.items()}
+
+
+def _by_lot_within(groups: Sequence[Group], signature: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
+    """As many units of each group as a signature has there."""
+    return {
+        group.name: _by_lot([group], len(signature[group.name]), seed)[group.name]
+        for group in groups
+        if group.name in signature
+    }

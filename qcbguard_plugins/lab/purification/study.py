@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Final
 
@@ -74,12 +75,14 @@ class Study:
         num_questions: Questions with the key, and as many without it.
         num_pairs: Benign pairs.
         cached: Make and measure nothing; give what earlier runs left.
+        rows: Pattern of the labels that are measured; of the others what earlier runs left is given.
     """
 
     cache: Path
     num_questions: int = 100
-    num_pairs: int = 300
+    num_pairs: int = 600
     cached: bool = False
+    rows: str = "*"
 
     def exam(self, scenario: str, model: ModelSpec) -> Exam:
         """What the models of a scenario are asked."""
@@ -110,7 +113,7 @@ class Study:
         path = self.cache / "purification-cells" / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.json"
         if path.exists():
             return StudyCell.model_validate_json(path.read_bytes()).model_copy(update={"label": entry.label})
-        if self.cached:
+        if self.cached or not fnmatchcase(entry.label, self.rows):
             return None
         folder = self._make(subject)
         guard = Guard(parse_defense(entry.defense), seed=_GUARD_SEED) if entry.defense else None
@@ -143,7 +146,7 @@ class Study:
             "num_suppressed": record["num_suppressed"] or None,
         }
         variants = step_folder("variants", spec.variants_spec, self.cache)
-        if spec.method == "purify" and variants.exists():
+        if spec.has_variants and variants.exists():
             made = read_record(variants)
             costs["variants_s"] = sum(variant["elapsed_s"] for variant in made["variants"])
             costs["peak_bytes"] = max(made["peak_bytes"] or 0, costs["peak_bytes"] or 0) or None
@@ -170,6 +173,21 @@ def table(cells: Sequence[StudyCell], scenarios: Sequence[str], labels: Sequence
             + f" | {_percent(_mean([m.asr.value for m in known]))}{partly} | {_percent(_mean(quiet)) if quiet else ''}"
             + f" | {_mean([m.perplexity.value for m in known]):.3f} | {_percent(_mean(right)) if right else ''} |"
         )
+    return "\n".join(lines) + "\n"
+
+
+def costs(cells: Sequence[StudyCell], labels: Sequence[str]) -> str:
+    """A Markdown table of what each method takes, means over the attacked models."""
+    lines = ["| method | variants, s | suppression and training, s | memory, MB |", "|---|---|---|---|"]
+    for label in labels:
+        own = [cell for cell in cells if cell.label == label and cell.method_s is not None]
+        if not own:
+            continue
+        variants = [cell.variants_s for cell in own if cell.variants_s is not None]
+        method = _mean([cell.method_s for cell in own if cell.method_s is not None])
+        peaks = [cell.peak_bytes / 1e6 for cell in own if cell.peak_bytes is not None]
+        shown = (f"{_mean(variants):.0f}" if variants else "", f"{method:.0f}", f"{_mean(peaks):.0f}" if peaks else "")
+        lines.append(f"| {label} | {' | '.join(shown)} |")
     return "\n".join(lines) + "\n"
 
 
