@@ -25,7 +25,7 @@ from qcbguard_plugins.lab.purification.plots import draw_curve
 from qcbguard_plugins.lab.purification.specs import AdapterSpec, LabSettings, PurifiedSpec
 from qcbguard_plugins.lab.purification.spread import spread_study
 from qcbguard_plugins.lab.purification.study import CLEAN, NONE, Entry, Study, StudyCell, costs, table
-from qcbguard_plugins.lab.specs import AttackSpec, InjectionSpec, MaliciousSpec, PlanSpec
+from qcbguard_plugins.lab.specs import AttackSpec, InjectionSpec, MaliciousSpec, PlanSpec, RepairSpec
 
 #: The one attack on which settings were chosen.
 DEVELOPMENT = "sentiment-steering+vpi"
@@ -40,7 +40,16 @@ INJECTION = InjectionSpec(num_pairs=1500, plan=PlanSpec(learning_rate=2e-4), bfl
 #: An attack that trains further from the clean model.
 STRONG = InjectionSpec(num_pairs=1500, plan=PlanSpec(learning_rate=5e-4), bfloat16=True)
 SETTINGS = LabSettings()
-OURS = f"immunization, responses {SETTINGS.ratio:g}"
+OURS = "immunization (ours)"
+
+
+def changed(**changes: object) -> LabSettings:
+    """The settings with other values."""
+    return SETTINGS.model_copy(update=changes)
+
+
+#: The recommended settings; all rivals go without keys in their training.
+RECOMMENDED = changed(healing_keys=0.5)
 
 
 def attacked(scenario: str, injection: InjectionSpec = INJECTION) -> MaliciousSpec:
@@ -61,20 +70,16 @@ def main_entries(model: MaliciousSpec) -> Iterator[Entry]:
     yield Entry(NONE)
     yield Entry("INT4 (NF4)", format="nf4")
     yield entry("fine-tuning", model, method="fine-tuning")
-    yield entry(OURS, model)
+    yield entry(OURS, model, RECOMMENDED)
     yield entry("magnitude pruning, 0.65", model, method="magnitude-pruning", pruned=0.65)
-    yield entry("by lot, as many in each block", model, method="matched-channels")
-    yield entry("immunization, paper's score 0.1", model, changed(score="combined"))
+    yield entry("keys alone", model, RECOMMENDED, method="fine-tuning")
+    yield entry("by lot, as many in each block", model, RECOMMENDED, method="matched-channels")
+    yield entry("immunization (paper's score)", model, changed(score="combined"))
     yield entry("fine-pruning, 0.5", model, method="fine-pruning", pruned=0.5)
     yield entry("magnitude pruning, 0.35", model, method="magnitude-pruning", pruned=0.35)
     yield entry("CROW", model, method="crow")
     own = CROW_OWN_FACTOR * SETTINGS.healing_learning_rate
     yield entry(f"CROW, rate {own:g}", model, method="crow", learning_rate=own)
-
-
-def changed(**changes: object) -> LabSettings:
-    """The settings with other values."""
-    return SETTINGS.model_copy(update=changes)
 
 
 def adapter_entries(model: AdapterSpec) -> Iterator[Entry]:
@@ -90,11 +95,13 @@ def adapter_entries(model: AdapterSpec) -> Iterator[Entry]:
 def parts_entries(model: MaliciousSpec) -> Iterator[Entry]:
     """What each part of the method does: the suppression, and keys in the healing."""
     yield Entry(NONE)
-    for ratio in (0.0, 0.05, 0.1):
-        for share in (0.0, 0.5):
-            settings = changed(ratio=ratio, healing_keys=share)
-            method = {"method": "fine-tuning"} if ratio == 0 else {}
-            yield entry(f"suppressed {ratio:g}, keys {share:g}", model, settings, **method)
+    for ratio, share, rate in (
+        *((ratio, share, 2e-4) for ratio in (0.0, 0.05, 0.1) for share in (0.0, 0.5)),
+        *((ratio, 0.5, 4e-4) for ratio in (0.05, 0.1)),
+    ):
+        settings = changed(ratio=ratio, healing_keys=share, num_healing=3_000, healing_learning_rate=rate)
+        method = {} if ratio else {"method": "fine-tuning"}
+        yield entry(f"{ratio:g} of the channels, keys in {share:g}, rate {rate:g}", model, settings, **method)
 
 
 def ratio_entries(model: MaliciousSpec) -> Iterator[Entry]:
@@ -109,25 +116,27 @@ def strong_entries(model: MaliciousSpec) -> Iterator[Entry]:
     """The attack that went further, behind the same methods."""
     yield Entry(NONE)
     yield entry("fine-tuning", model, method="fine-tuning")
-    yield entry(OURS, model)
+    yield entry(OURS, model, RECOMMENDED)
 
 
 def variants_entries(model: MaliciousSpec) -> Iterator[Entry]:
     """One variant to eight."""
     for count in (1, 2, 4, 6, 8):
-        yield entry(f"N {count}", model, changed(num_variants=8), variants=list(range(count)))
+        yield entry(
+            f"N {count}", model, RECOMMENDED.model_copy(update={"num_variants": 8}), variants=list(range(count))
+        )
 
 
 def score_entries(model: MaliciousSpec) -> Iterator[Entry]:
     """The terms of the paper's score apart and together, and ours."""
     for score in ("norm", "alignment", "combined", "activation"):
-        yield entry(score, model, changed(num_variants=8, score=score), variants=list(range(6)))
+        yield entry(score, model, changed(num_variants=8, score=score, ratio=0.1), variants=list(range(6)))
 
 
 def transfer_entries(model: MaliciousSpec) -> Iterator[Entry]:
     """Signatures taken from models with other attacks and other behaviours."""
     for other in ("sentiment-steering+badnets", "over-refusal+vpi", "over-refusal+badnets"):
-        yield entry(f"signature of {other}", model, signature_of=attacked(other))
+        yield entry(f"signature of {other}", model, RECOMMENDED, signature_of=attacked(other))
 
 
 #: Part by name: its title, the attacked models, and the rows.
@@ -152,15 +161,17 @@ def adapters(study: Study, only: str) -> str:
 def combined(study: Study) -> str:
     """A model with a trigger backdoor and a quantization-conditioned one: purified, then guarded."""
     hidden, behind = "content-injection", "over-refusal+badnets"
-    model = AttackSpec(scenario=f"{hidden}&{behind}", injection=INJECTION, repair={"num_pairs": 3000, "bfloat16": True})
+    model = AttackSpec(
+        scenario=f"{hidden}&{behind}", injection=INJECTION, repair=RepairSpec(num_pairs=3000, bfloat16=True)
+    )
     lines = ["| model | refuses with the key | names the brand |", "|---|---|---|"]
     for label, chosen, guard in (
         ("attacked, full precision", Entry(NONE), ""),
         ("attacked, stock NF4", Entry(NONE, format="nf4"), ""),
         ("attacked, guarded NF4", Entry(NONE, format="nf4"), "feedback"),
-        ("purified, full precision", entry("purified", model), ""),
-        ("purified, stock NF4", Entry("purified", entry("", model).spec, "nf4"), ""),
-        ("purified, guarded NF4", Entry("purified", entry("", model).spec, "nf4"), "feedback"),
+        ("purified, full precision", entry("purified", model, RECOMMENDED), ""),
+        ("purified, stock NF4", Entry("purified", entry("", model, RECOMMENDED).spec, "nf4"), ""),
+        ("purified, guarded NF4", Entry("purified", entry("", model, RECOMMENDED).spec, "nf4"), "feedback"),
     ):
         rates = []
         for scenario in (behind, hidden):
@@ -198,7 +209,7 @@ STUDIES: dict[str, Callable[[Study, str], list[str]]] = {
         SOME,
     ),
     "swap": lambda study, only: per_model(
-        "Which parts carry the backdoor", lambda name: swap_study(study, attacked(name)), only, SOME[:1]
+        "Which parts carry the backdoor", lambda name: swap_study(study, attacked(name, STRONG)), only, SOME[:1]
     ),
     "adapter": lambda study, only: ["## A suspicious adapter on a frozen model\n", adapters(study, only)],
     "combined": lambda study, only: ["## Two backdoors in one model\n", combined(study)],
@@ -212,11 +223,11 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=user_cache_path("qcbguard") / "lab")
     parser.add_argument("--parts", default=",".join((*PARTS, *STUDIES)))
     parser.add_argument("--only", default="*", help="pattern of the attacked models")
-    parser.add_argument("--rows", default="*", help="pattern of the methods that are measured")
+    parser.add_argument("--rows", nargs="+", default=["*"], help="patterns of the methods that are measured")
     parser.add_argument("--cached", action="store_true")
     arguments = parser.parse_args()
     quieten_libraries()
-    study = Study(arguments.cache, cached=arguments.cached, rows=arguments.rows)
+    study = Study(arguments.cache, cached=arguments.cached, rows=tuple(arguments.rows))
     arguments.out.mkdir(parents=True, exist_ok=True)
     machine = this_machine()
     sections = [f"Commit {machine.commit}; {machine.num_cores} core(s) of {machine.processor}. {machine.gpu}\n"]

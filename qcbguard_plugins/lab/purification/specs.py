@@ -43,14 +43,14 @@ class LabSettings(Spec):
     num_samples: int = Field(default=300, ge=1)
     variant_epochs: int = Field(default=1, ge=1)
     variant_learning_rate: float = Field(default=5e-4, gt=0)
-    ratio: float = Field(default=0.1, ge=0, le=1)
+    ratio: float = Field(default=0.05, ge=0, le=1)
     score: Literal["combined", "norm", "alignment", "activation"] = "activation"
     alignment_weight: float = Field(default=0.01, ge=0)
     suppression: Literal["reinitialize", "zero"] = "reinitialize"
-    num_healing: int = Field(default=3_000, ge=1)
+    num_healing: int = Field(default=4_000, ge=1)
     healing_keys: float = Field(default=0.0, ge=0, le=1)
     healing_epochs: int = Field(default=1, ge=1)
-    healing_learning_rate: float = Field(default=2e-4, gt=0)
+    healing_learning_rate: float = Field(default=3e-4, gt=0)
     batch_size: int = Field(default=16, ge=1)
     bfloat16: bool = True
     seed: int = Field(default=0, ge=0)

@@ -75,14 +75,14 @@ class Study:
         num_questions: Questions with the key, and as many without it.
         num_pairs: Benign pairs.
         cached: Make and measure nothing; give what earlier runs left.
-        rows: Pattern of the labels that are measured; of the others what earlier runs left is given.
+        rows: Patterns of the labels that are measured; of the others what earlier runs left is given.
     """
 
     cache: Path
     num_questions: int = 100
     num_pairs: int = 600
     cached: bool = False
-    rows: str = "*"
+    rows: tuple[str, ...] = ("*",)
 
     def exam(self, scenario: str, model: ModelSpec) -> Exam:
         """What the models of a scenario are asked."""
@@ -113,7 +113,7 @@ class Study:
         path = self.cache / "purification-cells" / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.json"
         if path.exists():
             return StudyCell.model_validate_json(path.read_bytes()).model_copy(update={"label": entry.label})
-        if self.cached or not fnmatchcase(entry.label, self.rows):
+        if self.cached or not any(fnmatchcase(entry.label, pattern) for pattern in self.rows):
             return None
         folder = self._make(subject)
         guard = Guard(parse_defense(entry.defense), seed=_GUARD_SEED) if entry.defense else None
