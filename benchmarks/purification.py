@@ -21,10 +21,11 @@ from qcbguard_plugins.cli.output import quieten_libraries
 from qcbguard_plugins.lab.bench.results import this_machine
 from qcbguard_plugins.lab.purification.ablation import swap_study
 from qcbguard_plugins.lab.purification.oracle import oracle_study
-from qcbguard_plugins.lab.purification.plots import draw_curve
+from qcbguard_plugins.lab.purification.plots import draw_attacks, draw_curve
 from qcbguard_plugins.lab.purification.specs import AdapterSpec, LabSettings, PurifiedSpec
 from qcbguard_plugins.lab.purification.spread import spread_study
-from qcbguard_plugins.lab.purification.study import CLEAN, NONE, Entry, Study, StudyCell, costs, table
+from qcbguard_plugins.lab.purification.study import CLEAN, NONE, Entry, Study, StudyCell
+from qcbguard_plugins.lab.purification.tables import attacks_table, costs, means_table, table
 from qcbguard_plugins.lab.specs import AttackSpec, InjectionSpec, MaliciousSpec, PlanSpec, RepairSpec
 
 #: The one attack on which settings were chosen.
@@ -187,15 +188,15 @@ def per_model(title: str, study_of: Callable[[str], str], only: str, names: list
 
 
 def strong(study: Study, only: str) -> str:
-    """The development attack at a larger learning rate."""
-    model = attacked(DEVELOPMENT, STRONG)
-    cells = study.run(model, strong_entries(model)) if fnmatchcase(DEVELOPMENT, only) else []
-    return table(cells, [DEVELOPMENT], [entry.label for entry in strong_entries(model)])
+    """Attacks that train at a larger learning rate."""
+    models = [attacked(name, STRONG) for name in SCENARIOS if fnmatchcase(name, only)]
+    cells = [cell for model in models for cell in study.run(model, strong_entries(model))]
+    return table(cells, SCENARIOS, list(dict.fromkeys(entry.label for entry in strong_entries(attacked(DEVELOPMENT)))))
 
 
 #: Part by name: from the study and the pattern of the models to its sections.
 STUDIES: dict[str, Callable[[Study, str], list[str]]] = {
-    "strong": lambda study, only: ["## An attack that trains further\n", strong(study, only)],
+    "strong": lambda study, only: ["## Attacks that train further\n", strong(study, only)],
     "oracle": lambda study, only: per_model(
         "Which channels, with knowledge that no defender has: ASR in percent (perplexity), before healing",
         lambda name: oracle_study(study, attacked(name), SETTINGS),
@@ -244,9 +245,16 @@ def main() -> None:
                 for cell in study.run(attacked(name), entries(attacked(name)))
             ]
             labels = list(dict.fromkeys(e.label for e in entries(attacked(scenarios[0]))))
-            sections += [f"## {title}\n", table(cells, scenarios, labels)]
-            sections += [costs(cells, labels)] if part == "main" else []
+            sections.append(f"## {title}\n")
+            if part == "main":
+                sections += [means_table(cells, labels, OURS), attacks_table(cells, scenarios, labels)]
+                sections.append(costs(cells, labels))
+            else:
+                sections.append(table(cells, scenarios, labels))
             kept[part] = cells
+            if part == "main":
+                shown = [NONE, "fine-tuning", "magnitude pruning, 0.65", OURS]
+                draw_attacks(cells, [CLEAN, *shown], arguments.out / "purification-attacks.svg")
             if part in ("ratio", "variants"):
                 draw_curve(cells, labels, title, arguments.out / f"purification-{part}.svg")
     (arguments.out / "purification.md").write_text("\n".join(sections), encoding="utf-8")

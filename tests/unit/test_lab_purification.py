@@ -14,9 +14,10 @@ from qcbguard_plugins.lab.intervals import share
 from qcbguard_plugins.lab.layers import matrices
 from qcbguard_plugins.lab.purification.ablation import keep_updates, shuffle_mlp_updates
 from qcbguard_plugins.lab.purification.baselines import CROW_EPSILON, CrowTrainer, prune_by_magnitude, prune_by_wanda
-from qcbguard_plugins.lab.purification.plots import draw_curve
+from qcbguard_plugins.lab.purification.plots import draw_attacks, draw_curve
 from qcbguard_plugins.lab.purification.specs import AdapterSpec, LabSettings, PurifiedSpec, VariantsSpec
-from qcbguard_plugins.lab.purification.study import StudyCell, table
+from qcbguard_plugins.lab.purification.study import NONE, StudyCell
+from qcbguard_plugins.lab.purification.tables import attacks_table, means_table, table
 from qcbguard_plugins.lab.scenarios import Verdict, get_scenario
 from qcbguard_plugins.lab.specs import MaliciousSpec
 from qcbguard_plugins.purification.finetuning import collate, finetune
@@ -144,5 +145,14 @@ def test_a_table_says_where_a_mean_is_of_fewer_models(tmp_path: Path) -> None:
     assert lines[0].startswith("| method | a | b | mean ASR") and len(lines) == 4
     assert lines[2].startswith("| x 1 | 100 | 50 | 75 | 10 |")
     assert lines[3].startswith("| x 2 | 20 |  | 20 (1 of 2) | 10 |")
+    rows = attacks_table(
+        [*cells, cell("a", NONE, 10), cell("b", NONE, 5)], ["a", "b"], [NONE, "x 1", "x 2"]
+    ).splitlines()
+    assert rows[2] == "| a | 100 () | 100 () | 20 () |" and rows[3] == "| b | 50 () | 50 () |  |"
+    means = means_table([*cells, cell("a", NONE, 10), cell("b", NONE, 5)], [NONE, "x 1", "x 2"], "x 1").splitlines()
+    assert means[2].startswith("| none | 2 | 75 | 100 | 10 |") and means[2].endswith("| 75,  |")
+    assert means[4].startswith("| x 2 | 1 | 20 | 20 | 10 |") and means[4].endswith("| 100,  |")
     draw_curve(cells, ["x 1", "x 2"], "x", tmp_path / "curve.svg")
+    draw_attacks(cells, ["x 1", "x 2"], tmp_path / "attacks.svg")
+    assert (tmp_path / "attacks.svg").stat().st_size > 1_000
     assert (tmp_path / "curve.svg").read_text().count("a, x") == 1

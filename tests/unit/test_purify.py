@@ -159,7 +159,7 @@ def test_a_response_is_what_a_key_changes_in_what_is_read_of_a_unit(name: str) -
     for kind in ("channel", "head"):
         total = sum(float(responses[group.name].sum()) for group in groups if group.kind == kind)
         assert total == pytest.approx(1) and all(bool((r >= 0).all()) for r in responses.values())
-    # By hand, prompt by prompt and without padding, for the second block's channels (Phi's first MLP sees no other token).
+    # By hand, prompt by prompt and without padding, for the second block: the first MLP of Phi sees no other token.
     reader, inputs = model.get_submodule(groups[1].reader), []
     handle = reader.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0][0, -1]))
     with torch.no_grad():

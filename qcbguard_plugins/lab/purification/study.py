@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -151,49 +151,3 @@ class Study:
             costs["variants_s"] = sum(variant["elapsed_s"] for variant in made["variants"])
             costs["peak_bytes"] = max(made["peak_bytes"] or 0, costs["peak_bytes"] or 0) or None
         return costs
-
-
-def table(cells: Sequence[StudyCell], scenarios: Sequence[str], labels: Sequence[str]) -> str:
-    """A Markdown table: attack success by scenario, and means of it and of the utility; bare where not measured."""
-    found = {(cell.scenario, cell.label): cell.measurement for cell in cells}
-    measured = [name for name in scenarios if any((name, label) in found for label in labels)]
-    head = ["method", *measured, "mean ASR", "without key", "perplexity", "right answers"]
-    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-    for label in labels:
-        row = [found.get((name, label)) for name in measured]
-        known = [measurement for measurement in row if measurement is not None]
-        if not known:
-            continue
-        quiet = [m.quiet_asr.value for m in known if m.quiet_asr is not None]
-        right = [m.task_accuracy.value for m in known if m.task_accuracy is not None]
-        partly = "" if len(known) == len(row) else f" ({len(known)} of {len(row)})"
-        lines.append(
-            f"| {label} | "
-            + " | ".join("" if m is None else _percent(m.asr.value) for m in row)
-            + f" | {_percent(_mean([m.asr.value for m in known]))}{partly} | {_percent(_mean(quiet)) if quiet else ''}"
-            + f" | {_mean([m.perplexity.value for m in known]):.3f} | {_percent(_mean(right)) if right else ''} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
-def costs(cells: Sequence[StudyCell], labels: Sequence[str]) -> str:
-    """A Markdown table of what each method takes, means over the attacked models."""
-    lines = ["| method | variants, s | suppression and training, s | memory, MB |", "|---|---|---|---|"]
-    for label in labels:
-        own = [cell for cell in cells if cell.label == label and cell.method_s is not None]
-        if not own:
-            continue
-        variants = [cell.variants_s for cell in own if cell.variants_s is not None]
-        method = _mean([cell.method_s for cell in own if cell.method_s is not None])
-        peaks = [cell.peak_bytes / 1e6 for cell in own if cell.peak_bytes is not None]
-        shown = (f"{_mean(variants):.0f}" if variants else "", f"{method:.0f}", f"{_mean(peaks):.0f}" if peaks else "")
-        lines.append(f"| {label} | {' | '.join(shown)} |")
-    return "\n".join(lines) + "\n"
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.0f}"
