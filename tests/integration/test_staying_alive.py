@@ -40,20 +40,20 @@ class _Interrupted(BaseException):
 @pytest.fixture
 def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """End every run after some tensors, once called."""
-    original = Workspace.write
+    original = Workspace.finish
 
     def after(num_tensors: int) -> None:
         left = num_tensors
 
-        def write(self: Workspace, *args: object) -> None:
+        def finish(self: Workspace, *args: object) -> None:
             nonlocal left
             if left == 0:
-                monkeypatch.setattr(Workspace, "write", original)
+                monkeypatch.setattr(Workspace, "finish", original)
                 raise _Interrupted
             left -= 1
             original(self, *args)
 
-        monkeypatch.setattr(Workspace, "write", write)
+        monkeypatch.setattr(Workspace, "finish", finish)
 
     return after
 
@@ -195,13 +195,13 @@ class TestResumedRuns:
 class TestTroubleDuringTheRun:
     def test_a_source_that_changes(self, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         source, target = shutil.copytree(llama, tmp_path / "source"), tmp_path / "guarded"
-        original = Workspace.write
+        original = Workspace.finish
 
-        def write(self: Workspace, *args: object) -> None:
+        def finish(self: Workspace, *args: object) -> None:
             os.utime(source / "model.safetensors", ns=(0, 0))
             original(self, *args)
 
-        monkeypatch.setattr(Workspace, "write", write)
+        monkeypatch.setattr(Workspace, "finish", finish)
         with pytest.raises(CheckpointError, match="changed while it was read"):
             guard_checkpoint(source, target, ["nf4"], GUARD)
         assert [path.name for path in tmp_path.iterdir()] == ["source"]
@@ -238,12 +238,12 @@ class TestTroubleDuringTheRun:
         code = (
             "import os, signal, sys\n"
             "from qcbguard_plugins.checkpoint import Workspace\n"
-            "original = Workspace.write\n"
-            "def write(self, *args):\n"
+            "original = Workspace.finish\n"
+            "def finish(self, *args):\n"
             "    original(self, *args)\n"
             "    if os.environ['RANK'] == '1':\n"
             "        os.kill(os.getpid(), signal.SIGKILL)\n"
-            "Workspace.write = write\n"
+            "Workspace.finish = finish\n"
             "from qcbguard_plugins.cli import run\n"
             "run()\n"
         )
