@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import copy
+import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence

@@ -13,6 +13,7 @@ import torch
 from qcbguard_plugins.defenses.base import WholeModelDefense
 from qcbguard_plugins.errors import MemoryBudgetError
 from qcbguard_plugins.grids.ggml import GgmlGrid
+from qcbguard_plugins.one_pass import bytes_in_one_pass, goes_in_one_pass
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -65,9 +66,9 @@ def plan_memory(plan: Plan, guard: Guard, budget_bytes: int | None = None) -> Me
     budget = available_bytes() if budget_bytes is None else budget_bytes
     fixed = resident_bytes() + _SLACK_BYTES
     if not guard.method.needs_calibration:
-        largest = max(plan.targets, key=lambda target: _rounding_bytes(plan, target))
-        peak = fixed + _rounding_bytes(plan, largest)
-        _require(peak, budget, f"{largest.name} of {largest.num_weights} weights is guarded in one piece", budget_bytes)
+        largest = max(plan.targets, key=lambda target: _rounding_bytes(plan, target, guard))
+        peak = fixed + _rounding_bytes(plan, largest, guard)
+        _require(peak, budget, f"{largest.name} of {largest.num_weights} weights needs most", budget_bytes)
         return MemoryPlan(peak)
     working = fixed + _MODEL_SLACK_BYTES + _calibration_bytes(plan, guard)
     itemsize = model_dtype(plan).itemsize
@@ -143,9 +144,11 @@ def human_bytes(count: float) -> str:
     return f"{count:.1f} GiB"
 
 
-def _rounding_bytes(plan: Plan, target: Target) -> int:
+def _rounding_bytes(plan: Plan, target: Target, guard: Guard) -> int:
     """One tensor that is guarded without calibration."""
     grids = plan.grids(target)
+    if goes_in_one_pass(target, grids, guard):
+        return bytes_in_one_pass(target, grids[0])
     stored, read = target.dtype.itemsize, target.read_dtype.itemsize
     a_weight: float = stored + (read if target.read_dtype != target.dtype else 0)
     a_weight += _LANDED if any(isinstance(grid, GgmlGrid) for grid in grids) else _ROUNDED

@@ -10,6 +10,7 @@ import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import xxhash
 from torch import Tensor
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def goes_in_one_pass(target: Target, grids: Sequence[Grid], guard: Guard) -> bool:
-    """Whether no weight of a tensor depends on one outside its segment, and bitsandbytes can be asked about segments."""
+    """Whether no weight depends on one outside its segment, and bitsandbytes can be asked about segments alone."""
     known = len(grids) == 1 and isinstance(grids[0], (CodebookGrid, Int8Grid))
     return known and not target.transposed and not guard.method.needs_calibration
 
@@ -148,7 +149,8 @@ class _Pass:
         shape = (1, -1) if isinstance(self._grid, CodebookGrid) else (-1, self._target.shape[1])
         quantize, planned = checked_codes(), codes.view(shape)
         for dtype in self._dtypes:
-            if not torch.equal(quantize(back.to(dtype).view(shape), self._grid), planned):
+            # Many times as fast as torch.equal is on bytes.
+            if not np.array_equal(quantize(back.to(dtype).view(shape), self._grid).numpy(), planned.numpy()):
                 return dtype
         return None
 

@@ -14,8 +14,8 @@ from qcbguard_plugins.checkpoint.reader import Checkpoint, TensorEntry
 from qcbguard_plugins.checkpoint.resume import (
     KeptWork,
     Place,
-    copy_span,
     bytes_of,
+    copy_span,
     hash_bytes,
     hash_span,
     partial_of,
@@ -100,9 +100,7 @@ class Workspace:
             first: Number of the first.
             part: Contiguous, of the entry's dtype.
         """
-        read_into(
-            self._checkpoint.path / entry.shard, entry.begin + first * part.dtype.itemsize, bytes_of(part)
-        )
+        read_into(self._checkpoint.path / entry.shard, entry.begin + first * part.dtype.itemsize, bytes_of(part))
 
     def write_part(self, entry: TensorEntry, first: int, part: Tensor) -> None:
         """Put guarded weights in their place; :meth:`finish` follows when all of the tensor are."""
