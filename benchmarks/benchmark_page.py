@@ -25,9 +25,17 @@ from qcbguard_plugins.lab.bench.output import (
 )
 from qcbguard_plugins.lab.bench.plots import Plot
 from qcbguard_plugins.lab.bench.profile import BenchProfile
-from qcbguard_plugins.lab.bench.results import BenchReport
-from qcbguard_plugins.lab.bench.summary import summarize
-from qcbguard_plugins.lab.bench.tables import asr_rows, attacker_rows, clean_rows, detail_table, markdown, method_rows
+from qcbguard_plugins.lab.bench.results import STOCK, BenchReport, Variant
+from qcbguard_plugins.lab.bench.summary import Line, find, stock, summarize
+from qcbguard_plugins.lab.bench.tables import (
+    asr_rows,
+    attacker_rows,
+    clean_rows,
+    detail_table,
+    markdown,
+    method_rows,
+    utility_rows,
+)
 
 HERE = Path(__file__).resolve().parent
 DOCS_DIR = HERE.parent / "docs"
@@ -104,9 +112,30 @@ def part(name: str, folder: Path, docs_dir: Path) -> dict[str, object]:
 
 def checks_text(report: BenchReport) -> list[str]:
     """How many checks hold, and a table of those that do not."""
-    missed = [[c.row, c.format, c.what, c.found] for c in report.checks if not c.held]
+    missed = [
+        [c.row, c.format, "-" if c.defense == STOCK else c.defense, c.what, c.found]
+        for c in report.checks
+        if not c.held
+    ]
     text = f"{len(report.checks) - len(missed)} of {len(report.checks)} checks hold."
-    return [text, markdown(["model", "format", "expected", "found"], missed)] if missed else [text]
+    return [text, markdown(["model", "format", "defense", "expected", "found"], missed)] if missed else [text]
+
+
+def utility_text(lines: list[Line], places: list[tuple[str, str]], defense: str) -> str:
+    """How often a defense's interval of the divergence lies below that of plain rounding, above it, or across."""
+    counts: dict[Variant, list[int]] = {"attacked": [0, 0, 0], "clean": [0, 0, 0]}
+    for row, fmt in places:
+        for variant, count in counts.items():
+            ours, theirs = find(lines, row, variant, fmt, defense), stock(lines, row, fmt, variant)
+            if ours is not None and theirs is not None and ours.kl is not None and theirs.kl is not None:
+                (low, high), (other_low, other_high) = ((kl.low or 0.0, kl.high or 0.0) for kl in (ours.kl, theirs.kl))
+                count[0 if high < other_low else 2 if low > other_high else 1] += 1
+    told = (
+        f"below on {below} of {below + across + above} {variant} models, across it on {across}, above on {above}"
+        for variant, (below, across, above) in counts.items()
+        if below + across + above
+    )
+    return f"* `{defense}`, interval of its KL against plain rounding's: {'; '.join(told)}."
 
 
 def write_models(report: BenchReport, profile: BenchProfile, docs_dir: Path) -> None:
@@ -134,6 +163,7 @@ def main() -> None:
         loader=jinja2.FileSystemLoader(HERE), undefined=jinja2.StrictUndefined, trim_blocks=True, autoescape=False
     )
     head, clean = clean_rows(lines, places, defenses)
+    promised = [e.restored.defense for e in profile.expect if e.restored is not None and e.restored.defense in measured]
     page = environment.get_template("benchmark_page.md.j2").render(
         runs=[{"name": name, "folder": folder.name} for name, folder in present.items()],
         full=facts(report, profile),
@@ -141,7 +171,9 @@ def main() -> None:
         methods=markdown(*method_rows(lines, groups_of(places, profile), defenses)),
         figures=draw(report, profile, args.docs_dir),
         clean_table=markdown(head, clean) if clean else "",
-        recommended=profile.recommended,
+        promised=promised,
+        utility=markdown(*utility_rows(lines, places, promised)),
+        utility_counts=[utility_text(lines, places, name) for name in promised],
         attackers=markdown(*attacker_rows(lines, places)),
         checks="\n\n".join(checks_text(report)),
         reading=(HERE / "benchmark_reading.md").read_text(encoding="utf-8").strip(),
