@@ -39,6 +39,8 @@ from qcbguard_plugins.lab.bench.tables import (
 
 HERE = Path(__file__).resolve().parent
 DOCS_DIR = HERE.parent / "docs"
+#: A method that was measured on fewer models does not decide which ones all have in common.
+FEWEST_MODELS = 5
 PARTS = {
     "adaptive": (
         "Attackers who know the defense",
@@ -82,6 +84,16 @@ def facts(report: BenchReport, profile: BenchProfile) -> dict[str, object]:
         "num_questions": profile.num_questions,
         "num_pairs": profile.num_pairs,
     }
+
+
+def common_places(lines: list[Line], places: list[tuple[str, str]], defenses: list[str]) -> list[tuple[str, str]]:
+    """Rows and formats on which every method was measured that was measured on more than a few."""
+    where = {
+        name: {place for place in places if find(lines, place[0], "attacked", place[1], name) is not None}
+        for name in defenses
+    }
+    broad = [found for found in where.values() if len(found) >= FEWEST_MODELS]
+    return [place for place in places if all(place in found for found in broad)]
 
 
 def part(name: str, folder: Path, docs_dir: Path) -> dict[str, object]:
@@ -163,12 +175,15 @@ def main() -> None:
         loader=jinja2.FileSystemLoader(HERE), undefined=jinja2.StrictUndefined, trim_blocks=True, autoescape=False
     )
     head, clean = clean_rows(lines, places, defenses)
+    common = common_places(lines, places, defenses)
     promised = [e.restored.defense for e in profile.expect if e.restored is not None and e.restored.defense in measured]
     page = environment.get_template("benchmark_page.md.j2").render(
         runs=[{"name": name, "folder": folder.name} for name, folder in present.items()],
         full=facts(report, profile),
         matrix=markdown(*asr_rows(lines, places, defenses)),
         methods=markdown(*method_rows(lines, groups_of(places, profile), defenses)),
+        common=", ".join(f"{row} ({fmt})" for row, fmt in common),
+        common_methods=markdown(*method_rows(lines, groups_of(common, profile), defenses)),
         figures=draw(report, profile, args.docs_dir),
         clean_table=markdown(head, clean) if clean else "",
         promised=promised,
