@@ -2,6 +2,7 @@
 
     qcbguard lab bench full --out full-results
     qcbguard lab bench adaptive --out adaptive-results
+    qcbguard lab bench draws --out draws-results
     qcbguard lab bench strength --out strength-results
     qcbguard lab bench ablation --out ablation-results
     python -m benchmarks.benchmark_page
@@ -26,7 +27,7 @@ from qcbguard_plugins.lab.bench.output import (
 from qcbguard_plugins.lab.bench.plots import Plot
 from qcbguard_plugins.lab.bench.profile import BenchProfile
 from qcbguard_plugins.lab.bench.results import STOCK, BenchReport, Variant
-from qcbguard_plugins.lab.bench.summary import Line, find, stock, summarize
+from qcbguard_plugins.lab.bench.summary import Line, find, full_precision, stock, summarize
 from qcbguard_plugins.lab.bench.tables import (
     asr_rows,
     attacker_rows,
@@ -34,6 +35,7 @@ from qcbguard_plugins.lab.bench.tables import (
     detail_table,
     markdown,
     method_rows,
+    percent,
     utility_rows,
 )
 
@@ -47,6 +49,10 @@ PARTS = {
         "Each attack was made against the defense in its name: `narrowed`, a box without the values that the defense "
         "would carry over a boundary; `adaptive`, training on sampled copies of the defense, the payload weighted as "
         "the good answers are, `strong` twice as much.",
+    ),
+    "draws": (
+        "Draw by draw",
+        "The same model behind five draws of each random guard, and the mean with Student's interval over draws.",
     ),
     "strength": ("Strength", "Each method along its own parameter. Dotted: no defense."),
     "ablation": (
@@ -113,13 +119,39 @@ def part(name: str, folder: Path, docs_dir: Path) -> dict[str, object]:
             markdown(*attacker_rows(lines, places)),
             *checks_text(report),
         ]
+    if name == "draws":
+        tables.insert(0, markdown(*draw_rows(report, lines, places, [entry.name for entry in profile.defenses])))
+        tables += checks_text(report)
     return {
         "title": title,
         "text": f"{text} Models: {models}. Measured at {', '.join(commits_of(report))}.",
         "notices": report.notices,
         "table": "\n\n".join(tables),
-        "figures": draw(report, profile, docs_dir),
+        "figures": [] if name == "draws" else draw(report, profile, docs_dir),
     }
+
+
+def draw_rows(
+    report: BenchReport, lines: list[Line], places: list[tuple[str, str]], defenses: list[str]
+) -> tuple[list[str], list[list[str]]]:
+    """Attack success rates of each draw beside their mean and full precision: a line a model and defense."""
+    head = ["model", "format", "full precision", "defense", "draws, ASR %", "mean (95 % over draws)"]
+    table = []
+    for row, fmt in places:
+        full = full_precision(lines, row)
+        for name in defenses:
+            line = find(lines, row, "attacked", fmt, name)
+            found = [
+                cell.measurement
+                for cell in report.cells
+                if (cell.place.row, cell.place.variant, cell.place.format, cell.place.defense)
+                == (row, "attacked", fmt, name)
+            ]
+            if line is not None and full is not None:
+                rates = ", ".join(f"{100 * one.asr.value:.0f}" for one in found if one is not None)
+                over = percent(line.asr_over_seeds)
+                table.append([row, fmt, f"{100 * full.asr.value:.0f}", name, rates, over])
+    return head, table
 
 
 def checks_text(report: BenchReport) -> list[str]:

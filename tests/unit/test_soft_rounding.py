@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qcbguard_plugins.defenses import Efrap, Evidence, rng_for
 from qcbguard_plugins.defenses.soft_rounding import SoftRounding
-from qcbguard_plugins.errors import CalibrationError
+from qcbguard_plugins.errors import CalibrationError, UsageError
 from qcbguard_plugins.grids import FORMATS, Lattice, get_grid
 
 
@@ -134,6 +134,14 @@ def test_efrap_refuses_what_is_no_hessian() -> None:
         Efrap().choose(lattice_of(), Evidence(rng_for(0, "w")))
     with pytest.raises(CalibrationError, match="NaN or infinity"):
         Efrap().choose(lattice_of(), Evidence(rng_for(0, "w"), torch.full((128, 128), float("nan"))))
+
+
+def test_efrap_travels_as_far_as_in_its_paper() -> None:
+    assert Efrap(steps=10_000).rate == pytest.approx(1e-3)
+    assert Efrap(steps=500).rate * 500 == pytest.approx(10.0)
+    assert Efrap(learning_rate=0.3).rate == 0.3
+    with pytest.raises(UsageError, match="learning_rate"):
+        Efrap(learning_rate=0.0)
 
 
 def test_efrap_names_the_step_at_which_its_loss_is_no_number() -> None:
