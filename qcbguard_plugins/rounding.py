@@ -72,8 +72,9 @@ def guard_weight(
     _check(weight, name)
     if isinstance(grid, GgmlGrid):
         return guard_on_ggml(
-            weight, grid, defense, seed=seed, name=name, hessian=hessian, attack_seen=attack_seen, up=up
-        )
+            weight, grid, defense, seed=seed, name=name, hessian=hessian, attack_seen=attack_seen, up=up,
+            overwrite=overwrite,
+        )  # fmt: skip
     job = _Job(weight, grid, defense, seed, name, hessian, attack_seen, up, overwrite)
     if weight.device.type == "cpu":
         tallies = map_over_threads(job.round_segment, job.segments())
