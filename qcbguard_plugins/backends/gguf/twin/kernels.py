@@ -19,7 +19,7 @@ _EMPTY = np.zeros(0, np.float32)
 
 
 def _flat(tensor: Tensor | None) -> Array:
-    """One value a sub-block."""
+    """All values in a row."""
     return _EMPTY if tensor is None else tensor.contiguous().numpy().reshape(-1)
 
 
@@ -93,10 +93,10 @@ class NumbaKernels:
         return GuardedRun(stored, num_moved, num_frozen, num_landed, energy, lost, change, is_finite)
 
     def choose(self, lattice: Lattice, key: int, first: int, /) -> Tensor:
-        size, codes = lattice.blocks.shape[1], torch.empty_like(lattice.blocks, dtype=torch.uint8)
+        codes = torch.empty_like(lattice.blocks, dtype=torch.uint8)
         draws = uniform_draws(key, first, codes.numel(), codes.device)
         last = np.float32(lattice.grid.num_levels - 2)
-        landing.choose(_each(lattice.coordinate, size), _each(draws, size), size, last, _each(codes, size))
+        landing.choose(_flat(lattice.coordinate), draws.numpy(), last, _flat(codes))
         return codes
 
     def correct(
