@@ -55,7 +55,7 @@ def mean_squares(weights, unit, factor):
 
 @kernel
 def load_lanes(weights, first, size, x):
-    """Lay sub-blocks out lane by lane in ``x``, ``LANES`` of the same place one after the other; lanes past the end are zero."""
+    """Lay sub-blocks out in ``x``, place by place, one lane for each of them; lanes past the end are zero."""
     count = min(LANES, len(weights) // size - first)
     for lane in range(count):
         start = (first + lane) * size
