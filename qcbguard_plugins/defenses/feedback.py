@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -48,13 +48,16 @@ class Feedback(Defense):
     ``clip(1/2 + (position - 1/2) / (2 * width), 0, 1)`` of rounding up. The error is compensated in the later columns
     through the inverse Hessian of the layer's inputs, which minimises the change of the layer's output. At ``width``
     1/2 rounding is unbiased; at 0 it is plain rounding with feedback. Columns with the largest inputs come first. Rows
-    do not depend on each other, so each keeps the draw that changes its output least.
+    do not depend on each other, so each keeps the draw that changes its output least. From there single weights step to
+    a neighbouring level where that brings the output nearer, which the feedback could not see: it goes by once, and
+    knows of no error to come.
 
     Attributes:
         width: Half-width of the dither in steps, in [0, 0.5]; ``"auto"`` settles it for each tensor, see
             :mod:`qcbguard_plugins.defenses.width`: 1/2 where the weight tests saw an attack, or nobody looked.
         draws: Number of draws for each row, at least 1. More take more time and stay nearer to full precision; where
             the inputs do not reach, the choice among them is blind, and rounding stays unbiased.
+        sweeps: How often all columns are gone through for single steps after the draws, at least 0.
         damp_percent: Damping of the Hessian, as a share of its mean diagonal, in (0, 1].
 
     References:
@@ -66,7 +69,8 @@ class Feedback(Defense):
 
     width: float | str = AUTO
     draws: int = 4
-    damp_percent: float = 0.1
+    sweeps: int = 4
+    damp_percent: float = 0.05
 
     def __post_init__(self) -> None:
         if isinstance(self.width, str) and self.width != AUTO:
@@ -74,6 +78,7 @@ class Feedback(Defense):
         if not isinstance(self.width, str):
             require_range(self.width, 0.0, 0.5, "feedback: width")
         require_whole(self.draws, 1, "feedback: draws")
+        require_whole(self.sweeps, 0, "feedback: sweeps")
         require_range(self.damp_percent, 1e-8, 1.0, "feedback: damp_percent")
 
     @property
@@ -82,7 +87,7 @@ class Feedback(Defense):
 
     def operations(self, shape: tuple[int, int], num_sequences: int, sequence_length: int) -> float:
         rows, columns = shape
-        return hessian_operations(columns, num_sequences * sequence_length) + self.draws * 4.0 * rows * columns**2
+        return hessian_operations(columns, num_sequences * sequence_length) + (self.draws * 4.0 + self.sweeps * 2.0) * rows * columns**2
 
     def choose(self, lattice: Lattice, evidence: Evidence) -> Tensor:
         if evidence.hessian is None:
@@ -102,6 +107,8 @@ class Feedback(Defense):
             best = torch.where(better, codes, best) if best is not None else codes
             least = torch.minimum(cost, least) if least is not None else cost
         assert best is not None, "there is at least one draw"
+        if self.sweeps:
+            problem.refine(best, damped(hessian, JUDGING_DAMPING), self.sweeps)
         return lattice.from_matrix(best[:, order.argsort()])
 
     def _settle_width(self, problem: _Problem, hessian: Tensor, evidence: Evidence) -> float:
@@ -173,18 +180,41 @@ class _Problem:
         """Codes of one draw: uint8 ``[out_features, in_features]``."""
         pending = self.weight.clone()
         codes = torch.empty_like(self._nearest)
-        num_columns = pending.shape[1]
-        for start in range(0, num_columns, _COLUMNS_PER_BATCH):
-            columns = slice(start, min(start + _COLUMNS_PER_BATCH, num_columns))
+        for columns in self._batches():
             errors = self._round_batch(columns, pending, codes, thresholds)
             pending[:, columns.stop :] -= errors @ self._factor[columns, columns.stop :]
         return torch.where(self._frozen, self._nearest, codes)
 
+    def refine(self, codes: Tensor, hessian: Tensor, sweeps: int) -> None:
+        """Let each weight in turn step to a neighbouring level where that lowers the error of its row's output.
+
+        Args:
+            codes: uint8 ``[out_features, in_features]``, changed in place.
+            hessian: float32 ``[in_features, in_features]``, damped; in the order of the columns.
+            sweeps: How often all columns are gone through, at most.
+        """
+        # Half the derivative of the squared error by each weight.
+        slope = (self.points(codes) - self.weight) @ hessian
+        for _ in range(sweeps):
+            any_moved = False
+            for columns in self._batches():
+                moves = self._refine_batch(columns, slope, codes, hessian[columns, columns])
+                if moves.any():
+                    any_moved = True
+                    slope += moves @ hessian[columns]
+            if not any_moved:
+                return
+
+    def _batches(self) -> Iterator[slice]:
+        num_columns = self.weight.shape[1]
+        for start in range(0, num_columns, _COLUMNS_PER_BATCH):
+            yield slice(start, min(start + _COLUMNS_PER_BATCH, num_columns))
+
     def _round_batch(self, columns: slice, pending: Tensor, codes: Tensor, thresholds: Tensor) -> Tensor:
         """Round one batch of columns into ``codes``; return the errors, each over its pivot, for the columns behind."""
-        compiled = _load_kernel() if pending.device.type == "cpu" else None
-        if compiled is not None:
-            codes[:, columns], errors = compiled(
+        kernels = _load_kernels() if pending.device.type == "cpu" else None
+        if kernels is not None:
+            codes[:, columns], errors = kernels.round_batch(
                 pending[:, columns], self._kept[:, columns], self._scale[:, columns], self._frozen[:, columns],
                 thresholds[:, columns], self._factor[columns, columns], self._grid.levels, self._grid.ladder,
             )  # fmt: skip
@@ -208,15 +238,41 @@ class _Problem:
         codes[:, columns] = chosen.T
         return errors.T
 
+    def _refine_batch(self, columns: slice, slope: Tensor, codes: Tensor, within: Tensor) -> Tensor:
+        """Step in one batch of columns, in ``codes``; return by how much the weights changed."""
+        kernels = _load_kernels() if slope.device.type == "cpu" else None
+        if kernels is not None:
+            codes[:, columns], moves = kernels.refine_batch(
+                slope[:, columns], codes[:, columns], self._scale[:, columns], self._frozen[:, columns], within,
+                self._grid.levels, self._grid.ladder,
+            )  # fmt: skip
+            return torch.as_tensor(moves)
+        lowest, top = self._grid.ladder.lowest, self._grid.num_levels - 1
+        scale, frozen = self._scale[:, columns].T.contiguous(), self._frozen[:, columns].T
+        pending = slope[:, columns].T.contiguous()
+        chosen = codes[:, columns].T.contiguous()
+        moves = torch.empty_like(pending)
+        for i in range(pending.shape[0]):
+            downhill = -(pending[i].sign() * scale[i].sign())
+            target = (chosen[i] + downhill).clamp_(lowest, top)
+            step = (self._grid.level_values(target) - self._grid.level_values(chosen[i])) * scale[i]
+            gain = step * (2 * pending[i] + step * within[i, i])
+            take = (gain < 0) & ~frozen[i]
+            chosen[i] = torch.where(take, target.to(torch.uint8), chosen[i])
+            moves[i] = step.masked_fill_(~take, 0.0)
+            pending[i + 1 :] += within[i, i + 1 :, None] * moves[i]
+        codes[:, columns] = chosen.T
+        return moves.T
+
 
 @lru_cache(maxsize=1)
-def _load_kernel() -> Callable[..., tuple[Tensor, Tensor]] | None:
-    """The column loop, compiled; ``None`` without numba."""
+def _load_kernels() -> Any:
+    """The column loops, compiled; ``None`` without numba."""
     try:
-        from qcbguard_plugins.kernels.feedback import round_batch
+        from qcbguard_plugins.kernels import feedback
     except ImportError:
         return None
-    return round_batch
+    return feedback
 
 
 def inverse_hessian_factor(hessian: Tensor, damp_percent: float) -> tuple[Tensor, float]:
