@@ -48,9 +48,9 @@ class Feedback(Defense):
     ``clip(1/2 + (position - 1/2) / (2 * width), 0, 1)`` of rounding up. The error is compensated in the later columns
     through the inverse Hessian of the layer's inputs, which minimises the change of the layer's output. At ``width``
     1/2 rounding is unbiased; at 0 it is plain rounding with feedback. Columns with the largest inputs come first. Rows
-    do not depend on each other, so each keeps the draw that changes its output least. From there single weights step to
-    a neighbouring level where that brings the output nearer, which the feedback could not see: it goes by once, and
-    knows of no error to come.
+    do not depend on each other, so each keeps the draw that changes its output least. The feedback goes by once and
+    cannot know the errors to come; so single weights then step to a neighbouring level where that brings the output
+    nearer.
 
     Attributes:
         width: Half-width of the dither in steps, in [0, 0.5]; ``"auto"`` settles it for each tensor, see
@@ -87,7 +87,10 @@ class Feedback(Defense):
 
     def operations(self, shape: tuple[int, int], num_sequences: int, sequence_length: int) -> float:
         rows, columns = shape
-        return hessian_operations(columns, num_sequences * sequence_length) + (self.draws * 4.0 + self.sweeps * 2.0) * rows * columns**2
+        return (
+            hessian_operations(columns, num_sequences * sequence_length)
+            + (self.draws * 4.0 + self.sweeps * 2.0) * rows * columns**2
+        )
 
     def choose(self, lattice: Lattice, evidence: Evidence) -> Tensor:
         if evidence.hessian is None:
@@ -108,7 +111,7 @@ class Feedback(Defense):
             least = torch.minimum(cost, least) if least is not None else cost
         assert best is not None, "there is at least one draw"
         if self.sweeps:
-            problem.refine(best, damped(hessian, JUDGING_DAMPING), self.sweeps)
+            problem.refine(best, hessian, self.sweeps)
         return lattice.from_matrix(best[:, order.argsort()])
 
     def _settle_width(self, problem: _Problem, hessian: Tensor, evidence: Evidence) -> float:
@@ -190,7 +193,8 @@ class _Problem:
 
         Args:
             codes: uint8 ``[out_features, in_features]``, changed in place.
-            hessian: float32 ``[in_features, in_features]``, damped; in the order of the columns.
+            hessian: float32 ``[in_features, in_features]``, in the order of the columns. Not damped: damping would
+                bring every weight back to plain rounding wherever the inputs do not reach.
             sweeps: How often all columns are gone through, at most.
         """
         # Half the derivative of the squared error by each weight.

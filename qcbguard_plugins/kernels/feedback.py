@@ -66,7 +66,7 @@ def refine_batch(
         codes: uint8 like it.
         scale: float32 like it.
         frozen: Bool like it, weights that stay.
-        within: float32 ``[num_columns, num_columns]``, the batch's part of the damped Hessian.
+        within: float32 ``[num_columns, num_columns]``, the batch's part of the Hessian.
         levels: float32, the levels of the grid.
         ladder: How values in units of the scale become coordinates.
 

@@ -23,6 +23,7 @@ from qcbguard_plugins.defenses import (
     rng_for,
 )
 from qcbguard_plugins.defenses.feedback import inverse_hessian_factor
+from qcbguard_plugins.defenses.width import quadratic_cost
 from qcbguard_plugins.draws import key_for
 from qcbguard_plugins.errors import CalibrationError, UsageError
 from qcbguard_plugins.grids import Lattice, get_grid
@@ -143,7 +144,7 @@ def test_feedback_equals_the_textbook_recursion() -> None:
     """Batches of columns are bookkeeping: the result is that of one column at a time with the whole inverse."""
     lattice = lattice_of("nf4")
     hessian = inputs().T @ inputs()
-    codes = lattice.matrix(Feedback(width=0.0, draws=1).choose(lattice, evidence(hessian)))
+    codes = lattice.matrix(Feedback(width=0.0, draws=1, sweeps=0).choose(lattice, evidence(hessian)))
     order = hessian.diagonal().argsort(descending=True)
     hessian = hessian[order][:, order]
     damped = hessian.double() + Feedback().damp_percent * hessian.diagonal().mean() * torch.eye(SHAPE[1])
@@ -167,8 +168,39 @@ def test_feedback_equals_the_textbook_recursion() -> None:
 def test_more_draws_stay_nearer_to_the_layers_output() -> None:
     lattice = lattice_of("nf4")
     hessian = inputs().T @ inputs()
-    errors = [output_error(lattice, Feedback(draws=draws).choose(lattice, evidence(hessian))) for draws in (1, 4, 16)]
+    errors = [
+        output_error(lattice, Feedback(draws=draws, sweeps=0).choose(lattice, evidence(hessian)))
+        for draws in (1, 4, 16)
+    ]
     assert errors[0] > errors[1] > errors[2]
+
+
+def test_more_sweeps_stay_nearer_to_the_layers_output() -> None:
+    lattice = lattice_of("nf4")
+    hessian = inputs().T @ inputs()
+    errors = [output_error(lattice, Feedback(sweeps=sweeps).choose(lattice, evidence(hessian))) for sweeps in (0, 1, 4)]
+    assert errors[0] > errors[1] > errors[2]
+
+
+def test_no_step_makes_a_row_worse_and_none_is_left_that_would_better_it() -> None:
+    lattice = lattice_of("gptq-w4g32")
+    hessian = inputs().T @ inputs()
+    before = Feedback(sweeps=0).choose(lattice, evidence(hessian))
+    after = Feedback(sweeps=100).choose(lattice, evidence(hessian))
+
+    def costs(codes: Tensor) -> Tensor:
+        points = torch.where(lattice.frozen, lattice.blocks, lattice.dequantize(codes))
+        return quadratic_cost(lattice.matrix(points - lattice.blocks), hessian)
+
+    least = costs(after)
+    assert bool((least <= costs(before)).all())
+    codes = lattice.matrix(after).int()
+    top = lattice.grid.num_levels - 1
+    for column in range(0, SHAPE[1], 7):
+        for step in (-1, 1):
+            moved = codes.clone()
+            moved[:, column] = (moved[:, column] + step).clamp(1, top)
+            assert bool((costs(lattice.from_matrix(moved.to(torch.uint8))) >= least * (1 - 1e-4)).all())
 
 
 def test_draws_stay_unbiased_where_the_inputs_do_not_reach() -> None:
