@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -81,6 +82,33 @@ def test_loading_in_another_dtype_is_guarded_on_its_grid(mode: str, dtype: torch
     report = load(llama, config, dtype=dtype).hf_quantizer.guard_report
     assert {tensor.read_dtype for tensor in report.tensors} == {str(dtype).removeprefix("torch.")}
     assert report.coverage == "14 of 14 target tensors guarded"
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "modules left out": MODES["nf4"] | {"llm_int8_skip_modules": ["lm_head", "o_proj"]},
+    "packed into bfloat16": MODES["nf4"] | {"bnb_4bit_quant_storage": "bfloat16"},
+    "computed in bfloat16": MODES["fp4"] | {"bnb_4bit_compute_dtype": "bfloat16"},
+    "outlier columns": MODES["int8"] | {"llm_int8_threshold": 3.0},
+    "int8 with modules left out": MODES["int8"] | {"llm_int8_skip_modules": ["down_proj"]},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_the_options_of_bitsandbytes_keep_their_meaning(options: dict[str, Any], llama: Path, tmp_path: Path) -> None:
+    """What is left out is left alone, and the rest equals the guarded folder loaded with the same options."""
+    stock_config = BitsAndBytesConfig(**options)
+    mode = "int8" if stock_config.load_in_8bit else stock_config.bnb_4bit_quant_type
+    stock = load(llama, stock_config)
+    quantized = {name for name, module in stock.named_modules() if isinstance(module, (Linear4bit, Linear8bitLt))}
+    in_flight = load(llama, GuardedBitsAndBytesConfig(**options, guard=GUARDS["stochastic"]))
+    report = in_flight.hf_quantizer.guard_report
+    assert {tensor.name.removesuffix(".weight") for tensor in report.tensors} == quantized
+    left_out = [f"*{name}*" for name in stock_config.llm_int8_skip_modules or () if name != "lm_head"]
+    guard_checkpoint(llama, tmp_path / "guarded", [mode], GUARDS["stochastic"], ignore=left_out)
+    by_folder = load(tmp_path / "guarded", stock_config).state_dict()
+    for name, value in in_flight.state_dict().items():
+        if not name.startswith("lm_head"):  # a list of one's own takes the place of the default, which names it
+            assert torch.equal(value.view(torch.uint8), by_folder[name].view(torch.uint8)), name
 
 
 @pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}], ids=str)
