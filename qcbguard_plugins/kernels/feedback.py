@@ -57,7 +57,14 @@ def round_batch(
 
 
 def refine_batch(
-    slope: Tensor, codes: Tensor, scale: Tensor, frozen: Tensor, within: Tensor, levels: Tensor, ladder: Ladder
+    slope: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    frozen: Tensor,
+    within: Tensor,
+    held: tuple[Tensor, Tensor, Tensor],
+    levels: Tensor,
+    ladder: Ladder,
 ) -> tuple[Tensor, Tensor]:
     """Step to neighbouring levels in a batch of columns, one after the other, where that lowers the squared error.
 
@@ -67,6 +74,8 @@ def refine_batch(
         scale: float32 like it.
         frozen: Bool like it, weights that stay.
         within: float32 ``[num_columns, num_columns]``, the batch's part of the Hessian.
+        held: Plain rounding's errors, like ``slope``; and ``[out_features]``, what a change along them costs, and the
+            change so far.
         levels: float32, the levels of the grid.
         ladder: How values in units of the scale become coordinates.
 
@@ -76,7 +85,8 @@ def refine_batch(
     chosen = np.array(codes.numpy(), order="C")
     moves = np.zeros(chosen.shape, np.float32)
     pending = np.array(slope.numpy(), order="C")
-    arrays = [pending, *(np.ascontiguousarray(part.numpy()) for part in (scale, frozen))]
+    drift = np.array(held[2].numpy())
+    arrays = [pending, drift, *(np.ascontiguousarray(part.numpy()) for part in (scale, frozen, *held[:2]))]
     products = np.ascontiguousarray(within.numpy())
 
     def work(start: int) -> None:
@@ -91,7 +101,7 @@ def refine_batch(
 
 
 @kernel
-def _refine_rows(pending, scale, frozen, within, levels, lowest, codes, moves):
+def _refine_rows(pending, drift, scale, frozen, plain, stiffness, within, levels, lowest, codes, moves):
     num_rows, num_columns = pending.shape
     least, top = np.int32(lowest), np.int32(len(levels) - 1)
     for row in range(num_rows):
@@ -103,9 +113,13 @@ def _refine_rows(pending, scale, frozen, within, levels, lowest, codes, moves):
             target = code - 1 if (slope > _ZERO) == (unit > _ZERO) else code + 1
             target = min(max(target, least), top)
             step = (levels[target] - levels[code]) * unit
-            if step * (_TWO * slope + step * within[column, column]) < _ZERO:
+            gain = step * (_TWO * slope + step * within[column, column])
+            along = step * plain[row, column]
+            strain = stiffness[row] * (along * (_TWO * drift[row] + along))
+            if gain < _ZERO and gain + strain < _ZERO:
                 codes[row, column] = np.uint8(target)
                 moves[row, column] = step
+                drift[row] += along
                 for behind in range(column + 1, num_columns):
                     pending[row, behind] += within[column, behind] * step
 
