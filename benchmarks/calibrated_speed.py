@@ -1,6 +1,6 @@
 """`feedback` beside GPTQModel on the same model and the same calibration tokens, both in this run.
 
-    python -m benchmarks.calibrated_speed [--model examples/models/clean]
+    python -m benchmarks.calibrated_speed [--model examples/models/clean] [--method 'feedback(sweeps=0)']
 
 Run it where GPTQModel is installed: in the environment of `.ci/test-gptq`. Both have the model loaded and the tokens
 ready; what is timed is the guard, and `GPTQModel.quantize`. Divergence is the mean KL from the full-precision model on
@@ -29,8 +29,10 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from qcbguard_plugins import Calibration, Feedback, Guard, guard_model
+from qcbguard_plugins import Calibration, Guard, guard_model
 from qcbguard_plugins.calibration import calibration_tokens
+from qcbguard_plugins.defenses import Defense
+from qcbguard_plugins.lab.bench.defense_specs import parse_defense
 
 MODEL = Path(__file__).resolve().parents[1] / "examples" / "models" / "clean"
 BITS, GROUP_SIZE = 4, 128
@@ -78,6 +80,7 @@ def guarded_figures(
     model: Any,
     tokenizer: Any,
     tokens: torch.Tensor,
+    method: Defense,
     calibration: Calibration,
     num_seeds: int,
     kl: Callable[[Any], float],
@@ -88,7 +91,7 @@ def guarded_figures(
     found = []
     for seed in range(num_seeds):
         model.load_state_dict(before)
-        guard = Guard(Feedback(), seed=seed, calibration=calibration)
+        guard = Guard(method, seed=seed, calibration=calibration)
         start = time.perf_counter()
         guard_model(model, f"gptq-w{BITS}g{GROUP_SIZE}", guard, tokenizer=tokenizer)
         elapsed_s = time.perf_counter() - start
@@ -104,6 +107,7 @@ def main() -> None:
     """Print times and divergences as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=MODEL)
+    parser.add_argument("--method", type=parse_defense, default="feedback")
     parser.add_argument("--hidden", type=int)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--sequences", type=int, default=32)
@@ -133,7 +137,7 @@ def main() -> None:
         texts = [tokenizer.decode(row) for row in used]
         stock, stock_s = quantize(folder, used, Path(name) / "quantized")
         calibration = Calibration(source="texts", texts=texts, num_sequences=len(used), sequence_length=used.shape[1])
-        guarded = guarded_figures(model, tokenizer, used, calibration, args.seeds, kl, Path(name))
+        guarded = guarded_figures(model, tokenizer, used, args.method, calibration, args.seeds, kl, Path(name))
         report = {
             "model": f"random, {args.hidden} wide" if args.hidden else folder.name,
             "num_weights": sum(parameter.numel() for parameter in model.parameters()),
