@@ -232,10 +232,11 @@ class _Problem:
         """Round one batch of columns into ``codes``; return the errors, each over its pivot, for the columns behind."""
         kernels = _load_kernels() if pending.device.type == "cpu" else None
         if kernels is not None:
-            codes[:, columns], errors = kernels.round_batch(
+            done: tuple[Tensor, Tensor] = kernels.round_batch(
                 pending[:, columns], self._kept[:, columns], self._scale[:, columns], self._frozen[:, columns],
                 thresholds[:, columns], self._factor[columns, columns], self._grid.levels, self._grid.ladder,
             )  # fmt: skip
+            codes[:, columns], errors = done
             return errors
         # Transposed, each column is a contiguous row, and every step below works on one of them.
         weight = pending[:, columns].T.contiguous()
@@ -270,11 +271,12 @@ class _Problem:
         """
         kernels = _load_kernels() if slope.device.type == "cpu" else None
         if kernels is not None:
-            codes[:, columns], moves = kernels.refine_batch(
+            done: tuple[Tensor, Tensor] = kernels.refine_batch(
                 slope[:, columns], codes[:, columns], self._scale[:, columns], self._frozen[:, columns], within,
                 held, self._grid.levels, self._grid.ladder,
             )  # fmt: skip
-            return torch.as_tensor(moves)
+            codes[:, columns], moves = done
+            return moves
         lowest, top = self._grid.ladder.lowest, self._grid.num_levels - 1
         scale, frozen = self._scale[:, columns].T.contiguous(), self._frozen[:, columns].T
         pending = slope[:, columns].T.contiguous()
