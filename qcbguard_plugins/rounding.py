@@ -72,8 +72,9 @@ def guard_weight(
     _check(weight, name)
     if isinstance(grid, GgmlGrid):
         return guard_on_ggml(
-            weight, grid, defense, seed=seed, name=name, hessian=hessian, attack_seen=attack_seen, up=up
-        )
+            weight, grid, defense, seed=seed, name=name, hessian=hessian, attack_seen=attack_seen, up=up,
+            overwrite=overwrite,
+        )  # fmt: skip
     source = cut_blocks(weight, grid.block_size_of((weight.shape[0], weight.shape[1])))
     guarded = source if overwrite else torch.empty_like(source)
     shape = (weight.shape[0], weight.shape[1])
