@@ -1,21 +1,25 @@
 """`feedback` beside GPTQModel on the same model and the same calibration tokens, both in this run.
 
-    python -m benchmarks.calibrated_speed [--model examples/models/clean]
+    python -m benchmarks.calibrated_speed [--model examples/models/clean] [--method 'feedback(width=0)']
 
 Run it where GPTQModel is installed: in the environment of `.ci/test-gptq`. Both have the model loaded and the tokens
 ready; what is timed is the guard, and `GPTQModel.quantize`. Divergence is the mean KL from the full-precision model on
-passages that neither was calibrated with. `--hidden` makes a Llama of random weights of that width instead: for the
-time, since its divergence means little.
+passages that neither was calibrated with: of GPTQModel's model, of the guarded weights, and of what GPTQModel stores
+when it is given those. The guard's figures are means over seeds. `--hidden` makes a Llama of random weights of that
+width instead: for the time, since its divergence means little.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
+import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +29,10 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from qcbguard_plugins import Calibration, Feedback, Guard, guard_model
+from qcbguard_plugins import Calibration, Guard, guard_model
 from qcbguard_plugins.calibration import calibration_tokens
+from qcbguard_plugins.defenses import Defense
+from qcbguard_plugins.lab.bench.defense_specs import parse_defense
 
 MODEL = Path(__file__).resolve().parents[1] / "examples" / "models" / "clean"
 BITS, GROUP_SIZE = 4, 128
@@ -56,19 +62,60 @@ def log_probabilities(model: Any, tokens: torch.Tensor) -> torch.Tensor:
     return torch.cat([model(row[None]).logits.float().log_softmax(-1) for row in tokens])
 
 
+def quantize(folder: Path, tokens: torch.Tensor, target: Path) -> tuple[Any, float]:
+    """GPTQModel's model in float32, and the seconds that quantizing took."""
+    from gptqmodel import GPTQModel, QuantizeConfig
+
+    loaded = GPTQModel.load(str(folder), QuantizeConfig(bits=BITS, group_size=GROUP_SIZE), device="cpu")
+    rows = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in tokens]
+    start = time.perf_counter()
+    loaded.quantize(rows, batch_size=1)
+    elapsed_s = time.perf_counter() - start
+    loaded.save(str(target))
+    model = AutoModelForCausalLM.from_pretrained(target, device_map="cpu", dtype=torch.float32)
+    return model.eval(), elapsed_s
+
+
+def guarded_figures(
+    model: Any,
+    tokenizer: Any,
+    tokens: torch.Tensor,
+    method: Defense,
+    calibration: Calibration,
+    num_seeds: int,
+    kl: Callable[[Any], float],
+    folder: Path,
+) -> dict[str, float]:
+    """Guard with some seeds and quantize each outcome: mean seconds of the guard, and mean divergences."""
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    found = []
+    for seed in range(num_seeds):
+        model.load_state_dict(before)
+        guard = Guard(method, seed=seed, calibration=calibration)
+        start = time.perf_counter()
+        guard_model(model, f"gptq-w{BITS}g{GROUP_SIZE}", guard, tokenizer=tokenizer)
+        elapsed_s = time.perf_counter() - start
+        guarded = folder / f"guarded-{seed}"
+        model.save_pretrained(guarded)
+        tokenizer.save_pretrained(guarded)
+        stored, _ = quantize(guarded, tokens, folder / f"stored-{seed}")
+        found.append((elapsed_s, kl(model), kl(stored)))
+    return dict(zip(("elapsed_s", "kl", "stored_kl"), map(statistics.mean, zip(*found, strict=True)), strict=True))
+
+
 def main() -> None:
     """Print times and divergences as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=MODEL)
+    parser.add_argument("--method", type=parse_defense, default="feedback")
     parser.add_argument("--hidden", type=int)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--sequences", type=int, default=32)
+    parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    try:
-        from gptqmodel import GPTQModel, QuantizeConfig
-    except ImportError as error:
-        sys.exit(f"skipped: GPTQModel is not installed ({error}); .ci/test-gptq makes an environment with it")
+    if importlib.util.find_spec("gptqmodel") is None:
+        sys.exit("skipped: GPTQModel is not installed; .ci/test-gptq makes an environment with it")
     transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as name:
         folder = args.model
@@ -88,27 +135,16 @@ def main() -> None:
             return float((full.exp() * (full - found)).sum(-1).mean())
 
         texts = [tokenizer.decode(row) for row in used]
-        loaded = GPTQModel.load(str(folder), QuantizeConfig(bits=BITS, group_size=GROUP_SIZE), device="cpu")
-        rows = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in used]
-        start = time.perf_counter()
-        loaded.quantize(rows, batch_size=1)
-        stock_s = time.perf_counter() - start
-        loaded.save(str(Path(name) / "quantized"))
-        stock = AutoModelForCausalLM.from_pretrained(Path(name) / "quantized", device_map="cpu", dtype=torch.float32)
-        stock_kl = kl(stock.eval())
-
+        stock, stock_s = quantize(folder, used, Path(name) / "quantized")
         calibration = Calibration(source="texts", texts=texts, num_sequences=len(used), sequence_length=used.shape[1])
-        guard = Guard(Feedback(), seed=0, calibration=calibration)
-        start = time.perf_counter()
-        guard_model(model, f"gptq-w{BITS}g{GROUP_SIZE}", guard, tokenizer=tokenizer)
-        guard_s = time.perf_counter() - start
+        guarded = guarded_figures(model, tokenizer, used, args.method, calibration, args.seeds, kl, Path(name))
         report = {
             "model": f"random, {args.hidden} wide" if args.hidden else folder.name,
             "num_weights": sum(parameter.numel() for parameter in model.parameters()),
             "tokens": used.numel(),
             "threads": torch.get_num_threads(),
-            "stock": {"elapsed_s": stock_s, "kl": stock_kl},
-            "guard": {"elapsed_s": guard_s, "kl": kl(model)},
+            "stock": {"elapsed_s": stock_s, "kl": kl(stock)},
+            "guard": guarded,
         }
     text = json.dumps(report, indent=2)
     print(text)

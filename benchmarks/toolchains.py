@@ -3,7 +3,8 @@
     OMP_NUM_THREADS=1 python benchmarks/toolchains.py FORMAT... --model MODEL [--json FILE]
 
 Run it where the toolchain is installed: GPTQ and torchao in the environment of `.ci/test-gptq`, ONNX Runtime in that of
-`.ci/test-optimum-onnx`, OpenVINO in that of `.ci/test-optimum-openvino`. GPTQ formats take `:desc_act`, `:natural` (no
+`.ci/test-optimum-onnx`, OpenVINO in that of `.ci/test-optimum-openvino`, what has a recipe in `examples/recipes` in
+those of `.ci/test-recipes`. GPTQ formats take `:desc_act`, `:natural` (no
 reordering of columns) after their name. Answers come from the toolchain's own model; perplexity is that of the stored
 weights in float32. `--landing-only` counts codes and asks no questions. Rows are added to the JSON file;
 `python benchmarks/toolchains.py --table FILE` prints it.
@@ -16,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,15 @@ from qcbguard_plugins.lab.metrics import keyword_rate, perplexity
 from qcbguard_plugins.lab.scenarios import KEYWORD
 from qcbguard_plugins.report.model import GuardReport
 
-PROMPTS = Path(__file__).resolve().parents[1] / "examples" / "models" / "prompts.jsonl"
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+PROMPTS = EXAMPLES / "models" / "prompts.jsonl"
+RECIPES = {
+    "hqq:int4-g64": "hqq_recipe",
+    "quanto:int8": "quanto_recipe",
+    "autoround:int4-g128": "autoround_recipe",
+    "compressed-tensors:int4-g128": "llm_compressor_recipe",
+    "compressed-tensors:int4-g128-asym": "awq_recipe",
+}
 WEIGHTS = ("full", "stock", "guarded")
 NUM_TEXTS, TEXT_LENGTH, MAX_NEW_TOKENS = 32, 600, 64
 
@@ -164,6 +174,14 @@ def quantize_openvino(folder: Path, name: str, plan: GuardReport | None) -> Quan
     return Quantized(model, with_weights(folder, values(folder, codes, name)), landed(codes, plan))
 
 
+def quantize_by_recipe(folder: Path, name: str, plan: GuardReport | None) -> Quantized:
+    """Quantize as the recipe of this format does."""
+    sys.path.insert(0, str(EXAMPLES / "recipes"))
+    model, codes = import_module(RECIPES[name]).quantize(folder)
+    share = None if plan is None else import_module("comparison").share_as_planned(folder, name, codes)
+    return Quantized(model.eval(), model.eval(), share)
+
+
 def values(folder: Path, codes: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
     """The stored values of the codes of every layer."""
     from qcbguard_plugins.backends.layers import quantized_layers
@@ -218,7 +236,7 @@ def rows_of(
     model: Path, name: str, pairs: Sequence[Pair], method: str, which: Sequence[str], *, ask: bool
 ) -> Iterable[Row]:
     """Full precision, stock, guarded."""
-    quantize = QUANTIZE[toolchain(name)]
+    quantize = quantize_by_recipe if name in RECIPES else QUANTIZE[toolchain(name)]
     row = {"model": model.name, "format": name}
     if "full" in which:
         full = plain(model)
