@@ -46,12 +46,13 @@ def draw_attacks(cells: Sequence[StudyCell], labels: Sequence[str], path: Path) 
 
     Args:
         cells: What was measured.
-        labels: The methods to show.
+        labels: The methods to show, where they were measured.
         path: The SVG file.
     """
     pyplot = require_pyplot()
     found = {(cell.scenario, cell.label): cell.measurement for cell in cells}
     scenarios = list(dict.fromkeys(cell.scenario for cell in cells))
+    labels = [label for label in labels if any((name, label) in found for name in scenarios)]
     width = 0.8 / len(labels)
     with pyplot.rc_context(STYLE):
         figure, panels = pyplot.subplots(2, 1, figsize=(9.0, 4.2), sharex=True, layout="constrained")
@@ -76,7 +77,7 @@ def draw_attacks(cells: Sequence[StudyCell], labels: Sequence[str], path: Path) 
                 axes.bar(bars, values, width, yerr=[low, high], label=label, error_kw={"linewidth": 0.6})
         panels[0].set_ylabel("ASR with the key, %")
         panels[1].set_ylabel("right answers, %")
-        names = [name.replace("+", "\n") for name in scenarios]
+        names = [name.replace("-", "-\n").replace("+", "\n") for name in scenarios]
         panels[1].set_xticks(range(len(scenarios)), names, fontsize=7)
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(labels))
         figure.savefig(path, metadata={"Date": None})
