@@ -28,7 +28,7 @@ quick: $(INSTALLED)
 
 # Every table of docs/benchmark.md: hours. A run that was stopped goes on where it was.
 bench-lab: $(INSTALLED)
-	for profile in full strength ablation; do \
+	for profile in full adaptive draws strength ablation; do \
 		OMP_NUM_THREADS=1 $(BIN)/qcbguard lab bench $$profile --out build/$$profile-results; [ $$? -le 1 ] || exit 1; \
 	done
 	$(BIN)/python -m benchmarks.benchmark_page --results-dir build

@@ -28,11 +28,11 @@ def make(folder: Path, arguments: argparse.Namespace) -> tuple[Path, Path]:
     """A checkpoint of random weights with a tokenizer of numbered words, and a text of such words."""
     source, text = folder / "source", folder / "text.txt"
     source.mkdir()
-    dtype = getattr(torch, arguments.dtype)
+    itemsize = getattr(torch, arguments.dtype).itemsize
     hidden, intermediate = arguments.hidden, arguments.intermediate
     checkpoint_speed.HIDDEN, checkpoint_speed.INTERMEDIATE = hidden, intermediate
-    block_bytes = (4 * hidden**2 + 3 * hidden * intermediate) * dtype.itemsize
-    checkpoint_speed.make_checkpoint(source, block_bytes * arguments.layers, dtype)
+    block_bytes = (4 * hidden**2 + 3 * hidden * intermediate) * itemsize
+    checkpoint_speed.make_checkpoint(source, block_bytes * arguments.layers, arguments.dtype)
     index = source / "model.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {}, **json.loads(index.read_text())}))
     words = {f"w{i}": i for i in range(_VOCAB)} | {"<unk>": _VOCAB}

@@ -31,11 +31,13 @@ class Rates:
     """Parameters of the model.
 
     Attributes:
-        start_s: Seconds before the first weight is read: imports.
+        start_s: Seconds before one process reads its first weight: imports and the plan.
+        start_of_many_s: The same where a launcher starts several.
         guarded: Bytes a second that one process guards, verifies, hashes and writes.
     """
 
     start_s: float
+    start_of_many_s: float
     guarded: float
 
 
@@ -49,7 +51,8 @@ def block_shapes(name: str) -> list[tuple[int, int]]:
 def seconds(sizes: list[int], num_processes: int, rates: Rates) -> float:
     """Time of a data-free guard: the process with the largest share ends last."""
     shares = [sum(Team(rank, num_processes).share(sizes, lambda size: size)) for rank in range(num_processes)]
-    return rates.start_s + max(shares) / rates.guarded
+    start = rates.start_s if num_processes == 1 else rates.start_of_many_s
+    return start + max(shares) / rates.guarded
 
 
 def hessian_bytes(name: str) -> float:
@@ -70,8 +73,10 @@ def main() -> None:
     block = [hidden * hidden] * 4 + [hidden * intermediate] * 3
     num_blocks = max(1, round(measured["gigabytes"] * 1e9 / (sum(block) * _BYTES_PER_WEIGHT)))
     sizes = [_BYTES_PER_WEIGHT * size for size in block * num_blocks]
-    rates = Rates(jobs["import only"], sum(sizes) / (one - jobs["import only"]))
-    print(f"start {rates.start_s:.2f} s, {rates.guarded / 1e6:.0f} MB/s a process ({measured['machine']})\n")
+    start, start_of_two = jobs["start of one process"], jobs["start of two processes"]
+    rates = Rates(start, start_of_two, sum(sizes) / (one - start))
+    print(f"start {start:.2f} s, of two {start_of_two:.2f} s; {rates.guarded / 1e6:.0f} MB/s a process")
+    print(f"({measured['machine']})\n")
     print("| processes | measured s | model s |\n|---|---|---|")
     print(f"| 1 | {one:.1f} | {seconds(sizes, 1, rates):.1f} |")
     print(f"| 2 | {two:.1f} | {seconds(sizes, 2, rates):.1f} |\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -134,7 +135,7 @@ def _fill(
     weights = {f"{name}.weight": model.get_parameter(f"{name}.weight").data for name in layers}
     places = make_room(folder / _WEIGHTS_FILE, {name: (w.dtype, tuple(w.shape)) for name, w in weights.items()})
     sources = {name: hash_bytes(bytes_of(weight)) for name, weight in weights.items()}
-    records = {name: kept.resumed(places[name], sources[name]) for name in weights}
+    records = {name: kept.resumed(places[name], functools.partial(sources.__getitem__, name)) for name in weights}
     pending = [name for name in layers if records[f"{name}.weight"] is None]
     for layer, guarded in guard_layers(model, layers, grid, replace(guard, seed=seed), tokens, pending=pending):
         name = f"{layer}.weight"

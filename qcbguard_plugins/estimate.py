@@ -19,16 +19,25 @@ _MATMUL_SIZE = 768
 
 
 class PlannedTensor(Record):
-    """One target tensor and what will be done to it."""
+    """One target tensor and what will be done to it.
+
+    Attributes:
+        format: The format that it is guarded for, where that is not the run's.
+    """
 
     name: str
     shape: tuple[int, int] | None = None
     dtype: str = ""
     action: Literal["guard", "ignore"]
+    format: str = ""
 
 
 class PlanReport(Record):
-    """What a run would do."""
+    """What a run would do.
+
+    Attributes:
+        types_from: Where the types of a GGUF recipe come from.
+    """
 
     schema_version: Literal[1] = 1
     kind: Literal["plan"] = "plan"
@@ -39,6 +48,7 @@ class PlanReport(Record):
     peak_bytes: int
     streamed: bool = False
     estimated_s: float
+    types_from: str = ""
 
     @property
     def num_guarded(self) -> int:

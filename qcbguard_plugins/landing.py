@@ -29,6 +29,8 @@ from qcbguard_plugins.threads import map_over_threads
 # Rows are worked on in runs of about this many weights, which stay in a processor's cache. Each has random draws of its
 # own, and rows do not depend on each other, so any thread may take any run.
 _WEIGHTS_PER_RUN = 1 << 17
+# One compiled pass takes less, so that its buffers come from the heap and not from the system each time.
+_WEIGHTS_PER_PASS = 1 << 15
 # What landing keeps of its choices is held for this many weights at a time.
 _WEIGHTS_PER_SEGMENT = 1 << 23
 _MAX_ROUNDS = 4
@@ -66,6 +68,7 @@ def guard_on_ggml(
     hessian: Tensor | None = None,
     attack_seen: bool = True,
     up: Tensor | None = None,
+    overwrite: bool = False,
 ) -> GuardedWeight:
     """Guard one weight on the grid of a GGUF type; see :func:`qcbguard_plugins.rounding.guard_weight`.
 
@@ -81,7 +84,7 @@ def guard_on_ggml(
             remedy="llama.cpp stores such a tensor in another type; guard it on that one.",
         )
     settled: dict[str, float | str] = {}
-    job, key = _Job(weight, grid, name), key_for(seed, name)
+    job, key = _Job(weight, grid, defense, name, overwrite=overwrite), key_for(seed, name)
 
     def choose(run: slice) -> tuple[Lattice, Tensor]:
         evidence = Evidence(rng_for(seed, f"{name}:{run.start}"), key=key, first=run.start * columns)
@@ -97,8 +100,7 @@ def guard_on_ggml(
             return _part_of(whole, part), chosen[part]
 
     restated = grid.is_restated
-    at_once = isinstance(defense, Stochastic) and job.is_one_pass()
-    outcomes = job.carry_out_at_once(key) if at_once else job.carry_out(choose)
+    outcomes = job.carry_out_at_once(key) if job.one_pass else job.carry_out(choose)
     if grid.is_restated != restated:
         # The real quantizer was found to differ on some rows, so nothing that was answered in its place counts.
         outcomes = job.carry_out(choose)
@@ -134,27 +136,30 @@ class _Job:
     """One weight on its way to the quantizer.
 
     Attributes:
+        one_pass: Whether all that happens to a weight is compiled as a whole.
         guarded: The weight to hand over.
         codes: uint8 like it, what is stored.
     """
 
-    def __init__(self, weight: Tensor, grid: GgmlGrid, name: str) -> None:
+    def __init__(self, weight: Tensor, grid: GgmlGrid, defense: Defense, name: str, *, overwrite: bool) -> None:
         self.weight, self.grid, self.name = weight, grid, name
-        self.guarded = torch.empty(weight.shape, dtype=weight.dtype)
+        self.one_pass = isinstance(defense, Stochastic) and self._has_formula()
+        # Elsewhere the weight is compared with its outcome in the end.
+        in_place = overwrite and self.one_pass and weight.is_contiguous()
+        self.guarded = weight if in_place else torch.empty(weight.shape, dtype=weight.dtype)
         self.codes = torch.empty(weight.shape, dtype=torch.uint8)
         # With an importance matrix the search weighs columns, so whole rows are asked about; otherwise blocks stand
         # alone.
         whole_rows = isinstance(grid, SearchedGrid) and grid.importance is not None
         self.unit = weight.shape[1] if whole_rows else grid.block_type.block_size
 
-    def is_one_pass(self) -> bool:
-        """Whether stochastic rounding is compiled as a whole."""
+    def _has_formula(self) -> bool:
         grid = self.grid
         by_formula = isinstance(grid, FormulaGrid) and grid.kernels is not None and grid.outtype == self.weight.dtype
         return by_formula and self.weight.device.type == "cpu"
 
     def carry_out_at_once(self, key: int) -> list[_Outcome]:
-        """Guard stochastically; see :meth:`is_one_pass`."""
+        """Guard stochastically, where ``one_pass`` says so."""
         rows, columns = self.weight.shape
         kernels = self.grid.kernels
         assert kernels is not None
@@ -170,7 +175,7 @@ class _Job:
                 digests, done.num_landed, done.num_moved, done.num_frozen, done.energy, done.lost_energy, done.change
             )
 
-        return map_over_threads(guard, _slices(0, rows, columns, _WEIGHTS_PER_RUN))
+        return map_over_threads(guard, _slices(0, rows, columns, _WEIGHTS_PER_PASS))
 
     def carry_out(self, choose: _Choose) -> list[_Outcome]:
         """Choose, land and count, some rows after the other."""

@@ -13,12 +13,15 @@ import torch
 from qcbguard_plugins.defenses.base import WholeModelDefense
 from qcbguard_plugins.errors import MemoryBudgetError
 from qcbguard_plugins.grids.ggml import GgmlGrid
+from qcbguard_plugins.one_pass import bytes_in_one_pass, goes_in_one_pass
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from qcbguard_plugins.checkpoint import TensorEntry
     from qcbguard_plugins.checkpoint.gguf_reader import GgufTensor
+    from qcbguard_plugins.checkpoint.source import WeightSource
+    from qcbguard_plugins.grids import Grid
     from qcbguard_plugins.guard import Guard
     from qcbguard_plugins.plan import Plan, Target
 
@@ -31,6 +34,9 @@ _ROUNDED = 2.0
 _LANDED = 10.0
 # Error feedback: the weight, its grid, the draws and the best of them.
 _FED_BACK = 34.0
+# Bytes a weight that is tested for an attack, and the libraries that are loaded for it; a ggml type is searched.
+_SCANNED, _SCANNED_ON_GGML = 95.0, 125.0
+_SCAN_BYTES, _GGML_SCAN_BYTES = 25 << 20, 60 << 20
 # Bytes an entry of a Hessian: itself twice over while batches are added, and its factors in float64.
 _HESSIAN, _FACTORS = 8.0, 32.0
 # What every run needs besides: libraries that are loaded late, buffers, the allocator's slack; and what running a model
@@ -65,9 +71,9 @@ def plan_memory(plan: Plan, guard: Guard, budget_bytes: int | None = None) -> Me
     budget = available_bytes() if budget_bytes is None else budget_bytes
     fixed = resident_bytes() + _SLACK_BYTES
     if not guard.method.needs_calibration:
-        largest = max(plan.targets, key=lambda target: _rounding_bytes(plan, target))
-        peak = fixed + _rounding_bytes(plan, largest)
-        _require(peak, budget, f"{largest.name} of {largest.num_weights} weights is guarded in one piece", budget_bytes)
+        largest = max(plan.targets, key=lambda target: _rounding_bytes(plan, target, guard))
+        peak = fixed + _rounding_bytes(plan, largest, guard)
+        _require(peak, budget, f"{largest.name} of {largest.num_weights} weights needs most", budget_bytes)
         return MemoryPlan(peak)
     working = fixed + _MODEL_SLACK_BYTES + _calibration_bytes(plan, guard)
     itemsize = model_dtype(plan).itemsize
@@ -101,6 +107,35 @@ def require_room_for_gguf(targets: Sequence[GgufTensor], budget_bytes: int | Non
     peak = resident_bytes() + _SLACK_BYTES + 2 * largest.num_bytes + round(_LANDED * matrix)
     budget = available_bytes() if budget_bytes is None else budget_bytes
     _require(peak, budget, f"{largest.name} of {largest.num_weights} weights is guarded in one piece", budget_bytes)
+    return peak
+
+
+def require_room_for_scan(
+    source: WeightSource, grids: Iterable[Grid], max_weights: int, budget_bytes: int | None = None
+) -> int:
+    """Check that the largest tensor of a model can be scanned within a budget.
+
+    Args:
+        source: The model.
+        grids: Those that it is tested on.
+        max_weights: Weights of one tensor that are tested.
+        budget_bytes: What the process may hold; by default what the machine has left.
+
+    Returns:
+        The peak of its resident memory, in bytes.
+
+    Raises:
+        MemoryBudgetError: It cannot.
+    """
+    largest = max(source.targets, key=lambda target: target.num_bytes)
+    tested = min(max_weights, max(target.num_weights for target in source.targets))
+    searched = any(isinstance(grid, GgmlGrid) for grid in grids)
+    peak = resident_bytes() + (_GGML_SCAN_BYTES if searched else _SCAN_BYTES)
+    peak += largest.num_bytes * (1 + largest.transposed)
+    peak += round((_SCANNED_ON_GGML if searched else _SCANNED) * tested)
+    budget = available_bytes() if budget_bytes is None else budget_bytes
+    why = f"{largest.name} of {largest.num_weights} weights is read in one piece, {tested} weights are tested at once"
+    _require(peak, budget, why, budget_bytes, remedy="Raise --max-memory or free some, or leave --exhaustive out.")
     return peak
 
 
@@ -143,9 +178,11 @@ def human_bytes(count: float) -> str:
     return f"{count:.1f} GiB"
 
 
-def _rounding_bytes(plan: Plan, target: Target) -> int:
+def _rounding_bytes(plan: Plan, target: Target, guard: Guard) -> int:
     """One tensor that is guarded without calibration."""
     grids = plan.grids(target)
+    if goes_in_one_pass(target, grids, guard):
+        return bytes_in_one_pass(target, grids[0])
     stored, read = target.dtype.itemsize, target.read_dtype.itemsize
     a_weight: float = stored + (read if target.read_dtype != target.dtype else 0)
     a_weight += _LANDED if any(isinstance(grid, GgmlGrid) for grid in grids) else _ROUNDED
@@ -188,11 +225,17 @@ def entry_weights(entry: TensorEntry) -> int:
     return torch.Size(entry.shape).numel()
 
 
-def _require(peak: int, budget: int, why: str, asked: int | None) -> None:
+def _require(
+    peak: int,
+    budget: int,
+    why: str,
+    asked: int | None,
+    remedy: str = "Raise --max-memory or free some; --method stochastic needs least.",
+) -> None:
     if peak <= budget:
         return
     limit = "--max-memory" if asked is not None else "the memory that is left"
     raise MemoryBudgetError(
         f"this run needs about {human_bytes(peak)} of memory, and {limit} is {human_bytes(budget)}: {why}",
-        remedy="Raise --max-memory or free some; --method stochastic needs least.",
+        remedy=remedy,
     )

@@ -26,6 +26,7 @@ from qcbguard_plugins.guarded_weight import GuardedWeight
 from qcbguard_plugins.hessians import Weights, WeightsInMemory
 from qcbguard_plugins.memory import model_dtype, plan_memory
 from qcbguard_plugins.model import Layer, Progress, guard_layers, record_of
+from qcbguard_plugins.one_pass import goes_in_one_pass, guard_in_one_pass
 from qcbguard_plugins.plan import Plan, Target, make_plan
 from qcbguard_plugins.report.model import (
     MANIFEST_FILE,
@@ -125,11 +126,11 @@ def guard_planned(
         toolchain = plan.gguf.toolchain if plan.gguf else {}
         made = replace(plan.checkpoint, path=workspace.folder)
         guarded, verdicts = [], []
-        for record in _guard_targets(plan, guard, workspace, progress, team, streamed=streamed):
+        for record, verdict in _guard_targets(plan, guard, workspace, progress, team, streamed=streamed):
             guarded.append(record)
             # With an importance matrix only the quantized file can be verified; what the quantizer stores is the plan.
             if plan.gguf is None or not plan.gguf.imatrix.digest:
-                verdicts.append(verify_tensor(made, record, plan.format, toolchain, sampled=True))
+                verdicts.append(verdict or verify_tensor(made, record, plan.format, toolchain, sampled=True))
         require_as_planned(team.gather(verdicts))
         records = {record.name: record for record in team.gather(guarded)}
         files = _hash_files(plan.checkpoint, workspace.folder, team)
@@ -154,14 +155,14 @@ def guard_planned(
 
 def _hash_files(checkpoint: Checkpoint, folder: Path, team: Team) -> list[FileRecord]:
     """The hashes of all shards before and after, in all processes."""
-
-    def hash_both(shard: str) -> FileRecord:
-        return FileRecord(
-            name=shard, sha256_in=hash_file(checkpoint.path / shard), sha256_out=hash_file(folder / shard)
-        )
-
-    files = map_over_threads(hash_both, team.share(checkpoint.shards, checkpoint.num_bytes_of))
-    return sorted(team.gather(files), key=lambda file: file.name)
+    files = [(place, shard) for shard in checkpoint.shards for place in (checkpoint.path, folder)]
+    mine = team.share(files, lambda file: checkpoint.num_bytes_of(file[1]))
+    hashes = map_over_threads(lambda file: hash_file(file[0] / file[1]), mine)
+    found = dict(team.gather([(files.index(file), digest) for file, digest in zip(mine, hashes, strict=True)]))
+    return [
+        FileRecord(name=shard, sha256_in=found[2 * number], sha256_out=found[2 * number + 1])
+        for number, shard in enumerate(checkpoint.shards)
+    ]
 
 
 def verify_checkpoint(folder: Path | str, *, progress: Progress | None = None) -> VerifyReport:
@@ -215,37 +216,45 @@ def _copy_other_files(checkpoint: Checkpoint, folder: Path) -> list[str]:
 
 def _guard_targets(
     plan: Plan, guard: Guard, workspace: Workspace, progress: Progress | None, team: Team, *, streamed: bool
-) -> Iterator[TensorRecord]:
-    """Guard this process's share of the targets, but for those that an interrupted run has done."""
+) -> Iterator[tuple[TensorRecord, TensorVerdict | None]]:
+    """Guard this process's share of the targets, but for those that an interrupted run has done.
+
+    Yields:
+        The record of a target, and the verdict on it where it has been verified.
+    """
     pending = []
     for target in team.share(plan.targets, lambda target: target.num_weights):
         entry = plan.checkpoint.tensors[target.key]
-        stored, digest = workspace.read(entry)
-        record = workspace.resumed(entry, digest)
+        record, verdict = workspace.resumed(entry), None
         if record is None and guard.method.needs_calibration:
-            pending.append((target, digest))
+            pending.append((target, workspace.source_hash(entry)))
             continue
         if record is None:
-            record = _guard_tensor(target, stored, digest, plan, guard, workspace)
-        yield record
+            record, verdict = _guard_tensor(target, plan, guard, workspace)
+        yield record, verdict
         if progress is not None:
             progress(target.num_weights)
     # Who has nothing left to guard takes part in the calibration of the others.
     if team.gather(pending):
-        yield from _guard_calibrated(plan, pending, guard, workspace, progress, team, streamed=streamed)
+        for record in _guard_calibrated(plan, pending, guard, workspace, progress, team, streamed=streamed):
+            yield record, None
 
 
 def _guard_tensor(
-    target: Target, stored: Tensor, digest: str, plan: Plan, guard: Guard, workspace: Workspace
-) -> TensorRecord:
+    target: Target, plan: Plan, guard: Guard, workspace: Workspace
+) -> tuple[TensorRecord, TensorVerdict | None]:
     assert guard.seed is not None, "the seed is drawn once a run"
+    entry, own = plan.checkpoint.tensors[target.key], plan.grids(target)
+    if goes_in_one_pass(target, own, guard):
+        return guard_in_one_pass(target, entry, own[0], guard, workspace)
+    stored, digest = workspace.read(entry)
     weight = (stored.T if target.transposed else stored).to(target.read_dtype)
-    grids = coarsest_first(weight, plan.grids(target))
+    grids = coarsest_first(weight, own)
     # ``stored`` was read for this tensor alone; with several grids it is compared with the outcome.
     alone = len(grids) == 1
     guarded = guard_weight(weight, grids[0], guard.method, seed=guard.seed, name=target.name, overwrite=alone)
     guarded = require_all_grids(weight, guarded, grids, target.name)
-    return _write(plan, target, digest, guarded, workspace)
+    return _write(plan, target, digest, guarded, workspace), None
 
 
 def _guard_calibrated(

@@ -72,16 +72,20 @@ def guard_weight(
     _check(weight, name)
     if isinstance(grid, GgmlGrid):
         return guard_on_ggml(
-            weight, grid, defense, seed=seed, name=name, hessian=hessian, attack_seen=attack_seen, up=up
-        )
-    job = _Job(weight, grid, defense, seed, name, hessian, attack_seen, up, overwrite)
+            weight, grid, defense, seed=seed, name=name, hessian=hessian, attack_seen=attack_seen, up=up,
+            overwrite=overwrite,
+        )  # fmt: skip
+    source = cut_blocks(weight, grid.block_size_of((weight.shape[0], weight.shape[1])))
+    guarded = source if overwrite else torch.empty_like(source)
+    shape = (weight.shape[0], weight.shape[1])
+    job = _Job(source, guarded, shape, weight.numel(), grid, defense, seed, name, hessian, attack_seen, up)
     if weight.device.type == "cpu":
         tallies = map_over_threads(job.round_segment, job.segments())
     else:
         tallies = [job.round_segment(segment) for segment in job.segments()]
-    tally = sum(tallies, _Tally())
+    tally = sum(tallies, Tally())
     tally.check(grid, name)
-    shape, numel = weight.shape, weight.numel()
+    numel = weight.numel()
     codes = job.codes.view(-1)[:numel].view(shape)
     return GuardedWeight(
         weight=job.guarded.view(-1)[:numel].view(shape),
@@ -93,6 +97,40 @@ def guard_weight(
         digest=codes_digest(codes),
         settled=job.settled,
     )
+
+
+def weights_per_segment(grid: Grid, shape: tuple[int, int]) -> int:
+    """How many weights :func:`guard_segment` takes at a time: whole blocks, with random draws of their own."""
+    size = grid.block_size_of(shape)
+    return max(1, _WEIGHTS_PER_SEGMENT // size) * size
+
+
+def guard_segment(
+    weights: Tensor, first: int, shape: tuple[int, int], grid: Grid, defense: Defense, *, seed: int, name: str
+) -> tuple[Tensor, Tensor, Tally]:
+    """Guard one segment of a weight, with the outcome that :func:`guard_weight` has for it.
+
+    Args:
+        weights: Flat, of the dtype of the weight, :func:`weights_per_segment` of them or what is left of it.
+        first: Number of the first, a multiple of that.
+        shape: ``(out_features, in_features)`` of the weight.
+        grid: One whose blocks do not depend on each other, of bitsandbytes or of integers.
+        defense: A method that needs no calibration.
+        seed: Seed of the run.
+        name: Name of the tensor.
+
+    Returns:
+        The guarded weights and their codes (uint8), flat, and what was counted; its sum over all segments is to be
+        checked with :meth:`Tally.check`.
+
+    Raises:
+        UnguardableError: A weight is NaN or infinite.
+    """
+    source = cut_blocks(weights, grid.block_size_of(shape))
+    job = _Job(source, torch.empty_like(source), shape, weights.numel(), grid, defense, seed, name)
+    job.first_block = first // source.shape[1]
+    tally = job.round_segment(slice(0, len(source)))
+    return job.guarded.view(-1)[: weights.numel()], job.codes.view(-1)[: weights.numel()], tally
 
 
 @lru_cache(maxsize=1)
@@ -117,27 +155,31 @@ def _check(weight: Tensor, name: str) -> None:
 
 
 class _Job:
-    """One weight on its way through a defense, in segments that any worker may take."""
+    """The blocks of one weight on their way through a defense, in segments that any worker may take.
+
+    Attributes:
+        first_block: Number of the first of them in the weight.
+    """
 
     def __init__(
         self,
-        weight: Tensor,
+        source: Tensor,
+        guarded: Tensor,
+        shape: tuple[int, int],
+        numel: int,
         grid: Grid,
         defense: Defense,
         seed: int,
         name: str,
-        hessian: Tensor | None,
-        attack_seen: bool,
-        up: Tensor | None,
-        overwrite: bool,
+        hessian: Tensor | None = None,
+        attack_seen: bool = True,
+        up: Tensor | None = None,
     ) -> None:
+        self.source, self.guarded, self.shape, self.numel = source, guarded, shape, numel
         self.grid, self.defense, self.seed, self.name, self.hessian = grid, defense, seed, name, hessian
         self.attack_seen, self.up, self.key = attack_seen, up, key_for(seed, name)
         self.settled: dict[str, float | str] = {}
-        self.shape = (weight.shape[0], weight.shape[1])
-        self.numel = weight.numel()
-        self.source = cut_blocks(weight, grid.block_size_of(self.shape))
-        self.guarded = self.source if overwrite else torch.empty_like(self.source)
+        self.first_block = 0
         self.codes = torch.empty_like(self.source, dtype=torch.uint8)
         self.kernels = load_kernels() if self._is_one_pass() else None
 
@@ -151,40 +193,40 @@ class _Job:
         whole = self.defense.needs_calibration
         return self._slices(0, self.source.shape[0], self.source.numel() if whole else _WEIGHTS_PER_SEGMENT)
 
-    def round_segment(self, segment: slice) -> _Tally:
+    def round_segment(self, segment: slice) -> Tally:
         """Round one segment into ``guarded`` and ``codes``."""
-        rng = rng_for(self.seed, f"{self.name}:{segment.start}")
+        rng = rng_for(self.seed, f"{self.name}:{self.first_block + segment.start}")
         evidence = Evidence(rng, self.hessian, self.attack_seen, self.up, self.settled, key=self.key)
         cached = self.source.device.type == "cpu" and not self.defense.needs_calibration
         if self.kernels is not None:
             size, work = _WEIGHTS_PER_COMPILED_RUN, self._round_compiled
         else:
             size, work = _WEIGHTS_PER_RUN if cached else self.source.numel(), self._round
-        return sum((work(run, evidence) for run in self._slices(segment.start, segment.stop, size)), _Tally())
+        return sum((work(run, evidence) for run in self._slices(segment.start, segment.stop, size)), Tally())
 
-    def _round(self, run: slice, evidence: Evidence) -> _Tally:
+    def _round(self, run: slice, evidence: Evidence) -> Tally:
         source = self.source[run]
         placed = self.grid.settle(source)
         lattice = self.grid.lattice(self.grid.read(placed), self.shape, source.dtype)
         if not torch.isfinite(lattice.scale).all():
             raise self._not_finite()
-        evidence.first = run.start * source.shape[1]
+        evidence.first = (self.first_block + run.start) * source.shape[1]
         codes = torch.where(lattice.frozen, lattice.nearest, self.defense.choose(lattice, evidence))
         guarded = torch.where(lattice.frozen, placed, lattice.dequantize(codes).to(source.dtype))
         tally = _tally(lattice, source, guarded, codes, self.numel - run.start * source.shape[1])
         self.codes[run], self.guarded[run] = codes, guarded
         return tally
 
-    def _round_compiled(self, run: slice, evidence: Evidence) -> _Tally:
+    def _round_compiled(self, run: slice, evidence: Evidence) -> Tally:
         assert self.kernels is not None
         columns = self.source.shape[1]
         done = self.kernels.round_run(
-            self.grid, self.source[run], self.numel - run.start * columns, self.key, run.start * columns,
-            self.guarded[run], self.codes[run],
+            self.grid, self.source[run], self.numel - run.start * columns, self.key,
+            (self.first_block + run.start) * columns, self.guarded[run], self.codes[run],
         )  # fmt: skip
         if not done.is_finite:
             raise self._not_finite()
-        return _Tally(done.num_moved, done.num_frozen, done.energy, done.change, done.unplaced_energy)
+        return Tally(done.num_moved, done.num_frozen, done.energy, done.change, done.unplaced_energy)
 
     def _not_finite(self) -> UnguardableError:
         return UnguardableError(f"{self.name} cannot be guarded: it holds NaN or infinity as {self.grid.name} reads it")
@@ -195,7 +237,7 @@ class _Job:
 
 
 @dataclass(frozen=True)
-class _Tally:
+class Tally:
     """Sums over a part of one weight."""
 
     num_moved: int = 0
@@ -204,8 +246,8 @@ class _Tally:
     change: float = 0.0
     unplaced_energy: float = 0.0
 
-    def __add__(self, other: _Tally) -> _Tally:
-        return _Tally(
+    def __add__(self, other: Tally) -> Tally:
+        return Tally(
             self.num_moved + other.num_moved,
             self.num_frozen + other.num_frozen,
             self.energy + other.energy,
@@ -214,9 +256,15 @@ class _Tally:
         )
 
     def relative_change(self) -> float:
+        """``|W' - W| / |W|`` in the Frobenius norm."""
         return float((self.change / self.energy) ** 0.5) if self.energy else 0.0
 
     def check(self, grid: Grid, name: str) -> None:
+        """Refuse a weight of which too much could not be placed.
+
+        Raises:
+            UnguardableError: Too much of its energy keeps its value.
+        """
         if self.unplaced_energy > _MAX_UNPLACED_ENERGY * self.energy:
             raise UnguardableError(
                 f"{name} cannot be guarded: {self.unplaced_energy / self.energy:.1%} of its energy lies in blocks so "
@@ -225,14 +273,14 @@ class _Tally:
             )
 
 
-def _tally(lattice: Lattice, source: Tensor, guarded: Tensor, codes: Tensor, num_weights: int) -> _Tally:
+def _tally(lattice: Lattice, source: Tensor, guarded: Tensor, codes: Tensor, num_weights: int) -> Tally:
     """Count over one run; of a short last block only the weights and not what fills it up."""
     unplaced = 0.0
     all_frozen = lattice.frozen.all(dim=1)
     if all_frozen.any():
         inner = lattice.blocks[all_frozen]
         unplaced = float(inner[~lattice.grid.holders(inner)].square().sum())
-    return _Tally(
+    return Tally(
         num_moved=int((codes != lattice.nearest).view(-1)[:num_weights].sum()),
         num_frozen=int(lattice.frozen.view(-1)[:num_weights].sum()),
         energy=float(lattice.blocks.square().sum()),

@@ -20,6 +20,7 @@ from qcbguard_plugins.errors import MissingDependencyError, UsageError
 from qcbguard_plugins.grids import AffineGrid, Grid, get_grid
 from qcbguard_plugins.grids.ggml import GgmlGrid
 from qcbguard_plugins.judgement import judge
+from qcbguard_plugins.memory import require_room_for_scan
 from qcbguard_plugins.report.scan_model import ScannedTensor, ScanReport, SkippedTensor
 from qcbguard_plugins.team import ALONE, Team
 
@@ -62,6 +63,7 @@ def scan_model(
     max_weights: int = MAX_WEIGHTS,
     progress: Callable[[int], object] | None = None,
     team: Team = ALONE,
+    budget_bytes: int | None = None,
 ) -> ScanReport:
     """Test a model's weights. Nothing of the model is run, and no class of it is built.
 
@@ -72,6 +74,7 @@ def scan_model(
         max_weights: Weights of one tensor that are tested; larger ones are represented by random rows.
         progress: Called with the number of weights of each tensor when it is done.
         team: The processes that share the tensors; each of them gets the report.
+        budget_bytes: What one process may hold in memory; by default what the machine has left.
 
     Returns:
         The report. With the same seed it is the same but for its date and duration, for any number of processes.
@@ -80,6 +83,7 @@ def scan_model(
         UsageError: A format is unknown or the path names no model.
         CheckpointError: The model cannot be read safely, or holds nothing to test.
         MissingDependencyError: SciPy is not installed.
+        MemoryBudgetError: It cannot be done within the budget.
     """
     start = time.monotonic()
     _require_scipy()
@@ -88,6 +92,7 @@ def scan_model(
     grids = {name: _grid_of(name) for name in dict.fromkeys(formats)}
     seed = team.first(secrets.randbits(63) if seed is None else seed)
     source = open_weights(path)
+    require_room_for_scan(source, grids.values(), max_weights, budget_bytes)
     measured = measure(source, grids, seed, max_weights, progress, team)
     return judge(source, measured, seed=seed, elapsed_s=time.monotonic() - start)
 

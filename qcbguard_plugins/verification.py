@@ -17,7 +17,7 @@ from qcbguard_plugins.report.model import TensorRecord, TensorVerdict
 from qcbguard_plugins.several import stock_digest
 
 # Weights of a tensor that are read and compared at a time.
-_WEIGHTS_PER_PART = 1 << 22
+_WEIGHTS_PER_PART = 1 << 20
 
 
 def verify_tensor(

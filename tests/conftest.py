@@ -94,6 +94,8 @@ SHAPES: dict[str, Callable[[], tuple[object, torch.dtype, str]]] = {
     "gpt2": lambda: (_gpt2(), torch.float32, "5GB"),
     "mixtral": lambda: (_mixtral(), torch.bfloat16, "5GB"),
 }
+# Not for every test that goes over the shapes.
+_MORE_SHAPES = {"llama-one-block": lambda: (_llama(num_hidden_layers=1), torch.float16, "100KB")}
 
 
 @pytest.fixture(scope="session")
@@ -103,7 +105,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrained
 
     def make(shape: str) -> Path:
         if shape not in made:
-            config, dtype, max_shard_size = SHAPES[shape]()
+            config, dtype, max_shard_size = {**SHAPES, **_MORE_SHAPES}[shape]()
             torch.manual_seed(0)
             model = AutoModelForCausalLM.from_config(config).to(dtype)
             folder = tmp_path_factory.mktemp("models") / shape

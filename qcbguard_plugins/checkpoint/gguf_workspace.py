@@ -62,7 +62,7 @@ class GgufWorkspace:
 
     def resumed(self, tensor: GgufTensor, source: str) -> TensorRecord | None:
         """The record of a tensor that an interrupted run guarded, its source having this hash; ``None`` without."""
-        return self._kept.resumed(self._place(tensor), source)
+        return self._kept.resumed(self._place(tensor), lambda: source)
 
     def write(self, tensor: GgufTensor, source: str, weight: Tensor, record: TensorRecord) -> None:
         """Put a guarded tensor in the place of one of the source, which has this hash."""

@@ -22,13 +22,14 @@ import xxhash
 from pydantic import ValidationError
 from torch import Tensor
 
-from qcbguard_plugins.checkpoint.writer import flush_to_disk, rename_into_place, write_errors
+from qcbguard_plugins.checkpoint.writer import flush_to_disk, rename_into_place, start_flush, write_errors
 from qcbguard_plugins.errors import CheckpointError, QcbguardError, TargetExistsError, TeamError, UsageError
 from qcbguard_plugins.report.model import Record, TensorRecord
 
 _REQUEST_FILE: Final = "request.json"
 _LOCK_FILE: Final = "lock"
 _BYTES_PER_COPY: Final = 1 << 24
+_BYTES_PER_HASH: Final = 1 << 20
 
 
 class Done(Record):
@@ -89,38 +90,45 @@ class KeptWork:
             _write_whole(path, json.dumps(make()))
         return _read_kept(path)
 
-    def resumed(self, place: Place, source: str) -> TensorRecord | None:
+    def resumed(self, place: Place, source: Callable[[], str]) -> TensorRecord | None:
         """The record of a tensor that an interrupted run guarded.
 
         Args:
             place: Where it lies.
-            source: Hash of its bytes in the source.
+            source: Gives the hash of its bytes in the source; called only for a tensor in the journal.
 
         Returns:
             ``None`` unless the journal has it and the source and guarded bytes are still those of the journal.
         """
         done = self._done.get(place.key)
-        if done is None or done.source != source:
+        if done is None or done.source != source():
             return None
-        is_there = hash_bytes(read_span(place.path, place.begin, place.num_bytes)) == done.guarded
+        is_there = hash_span(place.path, place.begin, place.num_bytes) == done.guarded
         return done.record if is_there else None
 
     def write(self, place: Place, source: str, weight: Tensor, record: TensorRecord) -> None:
-        """Put a guarded tensor in its place, and then into the journal.
+        """Put a guarded tensor in its place, and then into the journal; see :meth:`put` and :meth:`finish`."""
+        self.finish(place, source, self.put(place, weight), record)
 
-        Args:
-            place: Where it belongs.
-            source: Hash of the bytes in the source.
-            weight: Of the place's shape and dtype.
-            record: What the report will say of it.
-        """
+    def put(self, place: Place, weight: Tensor) -> str:
+        """Put a tensor in its place; return the hash of its bytes."""
         if tuple(weight.shape) != place.shape or weight.dtype != place.dtype:
             raise ValueError(f"{weight.dtype} {tuple(weight.shape)} cannot replace {place}")
         data = bytes_of(weight)
-        with place.path.open("r+b") as writer:
-            writer.seek(place.begin)
-            writer.write(data)
-        done = Done(key=place.key, source=source, guarded=hash_bytes(data), record=record)
+        write_span(place.path, place.begin, data)
+        return hash_bytes(data)
+
+    def finish(self, place: Place, source: str, guarded: str, record: TensorRecord) -> None:
+        """Put a tensor that is in its place into the journal.
+
+        Args:
+            place: Where it lies.
+            source: Hash of the bytes in the source.
+            guarded: Hash of the bytes in its place.
+            record: What the report will say of it.
+        """
+        start_flush(place.path, place.begin, place.num_bytes)
+        done = Done(key=place.key, source=source, guarded=guarded, record=record)
         with self._journal_path.open("a", encoding="utf-8") as journal:
             journal.write(f"{done.model_dump_json()}\n")
 
@@ -197,15 +205,45 @@ def read_span(path: Path, begin: int, num_bytes: int) -> bytearray:
         CheckpointError: The file ends before.
     """
     data = bytearray(num_bytes)
+    read_into(path, begin, memoryview(data))
+    return data
+
+
+def read_into(path: Path, begin: int, view: memoryview) -> None:
+    """Fill memory with bytes of a file.
+
+    Raises:
+        CheckpointError: The file ends before.
+    """
     with path.open("rb", buffering=0) as reader:
         reader.seek(begin)
-        view = memoryview(data)
         while view:
             num_read = reader.readinto(view)
             if not num_read:
                 raise _shorter(path)
             view = view[num_read:]
-    return data
+
+
+def write_span(path: Path, begin: int, data: memoryview) -> None:
+    """Write bytes into a file that is there."""
+    with path.open("r+b", buffering=0) as writer:
+        writer.seek(begin)
+        while data:
+            data = data[writer.write(data) :]
+
+
+def hash_span(path: Path, begin: int, num_bytes: int) -> str:
+    """XXH3 hash of some bytes of a file, in hexadecimal, with little of them in memory.
+
+    Raises:
+        CheckpointError: The file ends before.
+    """
+    digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(min(_BYTES_PER_HASH, num_bytes)))
+    for start in range(0, num_bytes, _BYTES_PER_HASH):
+        part = buffer[: num_bytes - start]
+        read_into(path, begin + start, part)
+        digest.update(part)
+    return digest.hexdigest()
 
 
 def copy_span(reader: BinaryIO, writer: BinaryIO, num_bytes: int, source: Path) -> None:

@@ -74,6 +74,11 @@ class SourceTensor:
         return product
 
     @property
+    def num_bytes(self) -> int:
+        """Its size in the file; of one that is not full precision, as if it had a byte a weight."""
+        return self.num_weights * (self.dtype.itemsize if self.dtype is not None else 1)
+
+    @property
     def matrix_shape(self) -> tuple[int, int]:
         """``(out_features, in_features)``; experts that are stored together count as rows of one matrix."""
         if len(self.shape) == 3:

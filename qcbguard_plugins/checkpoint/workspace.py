@@ -14,12 +14,16 @@ from qcbguard_plugins.checkpoint.reader import Checkpoint, TensorEntry
 from qcbguard_plugins.checkpoint.resume import (
     KeptWork,
     Place,
+    bytes_of,
     copy_span,
     hash_bytes,
+    hash_span,
     partial_of,
+    read_into,
     read_span,
     resumable,
     state_of,
+    write_span,
 )
 from qcbguard_plugins.checkpoint.writer import check_new_folder
 from qcbguard_plugins.report.model import TensorRecord
@@ -76,13 +80,46 @@ class Workspace:
         data = read_span(self._checkpoint.path / entry.shard, entry.begin, entry.num_bytes)
         return torch.frombuffer(data, dtype=entry.dtype).view(entry.shape), hash_bytes(data)
 
-    def resumed(self, entry: TensorEntry, source: str) -> TensorRecord | None:
-        """The record of a tensor that an interrupted run guarded, its source having this hash; ``None`` without."""
-        return self._kept.resumed(self._place(entry), source)
+    def source_hash(self, entry: TensorEntry) -> str:
+        """The hash of a tensor's bytes in the source."""
+        return hash_span(self._checkpoint.path / entry.shard, entry.begin, entry.num_bytes)
+
+    def resumed(self, entry: TensorEntry) -> TensorRecord | None:
+        """The record of a tensor that an interrupted run guarded and whose source is the same; ``None`` without."""
+        return self._kept.resumed(self._place(entry), lambda: self.source_hash(entry))
 
     def write(self, entry: TensorEntry, source: str, weight: Tensor, record: TensorRecord) -> None:
         """Put a guarded tensor in the place of one of the source, which has this hash."""
-        self._kept.write(self._place(entry), source, weight, record)
+        self.finish(entry, source, self._kept.put(self._place(entry), weight), record)
+
+    def read_part(self, entry: TensorEntry, first: int, part: Tensor) -> None:
+        """Fill a flat tensor with weights of the source.
+
+        Args:
+            entry: The tensor that holds them.
+            first: Number of the first.
+            part: Contiguous, of the entry's dtype.
+        """
+        read_into(self._checkpoint.path / entry.shard, entry.begin + first * part.dtype.itemsize, bytes_of(part))
+
+    def write_part(self, entry: TensorEntry, first: int, part: Tensor) -> None:
+        """Put guarded weights in their place; :meth:`finish` follows when all of the tensor are."""
+        write_span(self.folder / entry.shard, entry.begin + first * part.dtype.itemsize, bytes_of(part))
+
+    def read_back(self, entry: TensorEntry, first: int, part: Tensor) -> None:
+        """Fill a flat tensor with the weights that the folder in the making holds."""
+        read_into(self.folder / entry.shard, entry.begin + first * part.dtype.itemsize, bytes_of(part))
+
+    def finish(self, entry: TensorEntry, source: str, guarded: str, record: TensorRecord) -> None:
+        """Note that all of a tensor is in its place.
+
+        Args:
+            entry: The tensor.
+            source: Hash of its bytes in the source, as they were read.
+            guarded: Hash of the bytes that were written.
+            record: What the report will say of it.
+        """
+        self._kept.finish(self._place(entry), source, guarded, record)
 
     def _place(self, entry: TensorEntry) -> Place:
         assert entry.dtype is not None, "only floating-point tensors are replaced"

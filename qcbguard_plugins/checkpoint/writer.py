@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from qcbguard_plugins.errors import CheckpointError, QcbguardError, TargetExistsError, UsageError
+
+# Linux: start to write what is not being written yet, and do not wait.
+_SYNC_FILE_RANGE_WRITE = 2
 
 
 def hash_file(path: Path) -> str:
@@ -62,6 +68,27 @@ def write_errors(target: Path, *, remedy: str) -> Iterator[None]:
             error.errno or 0, str(error)
         )
         raise CheckpointError(f"{target} cannot be written: {reason}", remedy=remedy) from error
+
+
+def start_flush(path: Path, begin: int, num_bytes: int) -> None:
+    """Have the system begin to write bytes of a file to the disk, and go on: the flush at the end then waits less.
+
+    Does nothing where the system has no such call; only :func:`flush_to_disk` promises anything.
+    """
+    sync_file_range = _sync_file_range()
+    if sync_file_range is None:
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        sync_file_range(descriptor, ctypes.c_int64(begin), ctypes.c_int64(num_bytes), _SYNC_FILE_RANGE_WRITE)
+    finally:
+        os.close(descriptor)
+
+
+@lru_cache(maxsize=1)
+def _sync_file_range() -> Any:
+    """Linux's function of that name, else ``None``."""
+    return getattr(ctypes.CDLL(None), "sync_file_range", None) if os.name == "posix" else None
 
 
 def flush_to_disk(path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from qcbguard_plugins.cli.options import max_memory_option
 from qcbguard_plugins.cli.output import json_option, print_report, progress_bar, refuse_existing, write_new
 from qcbguard_plugins.errors import UsageError
 
@@ -25,6 +26,7 @@ from qcbguard_plugins.errors import UsageError
 @click.option("--markdown", "markdown_path", type=click.Path(path_type=Path), help="Write a section for a model card.")
 @click.option("--seed", type=click.IntRange(min=0), help="Seed; a fresh one by default, recorded either way.")
 @click.option("--exhaustive", is_flag=True, help="Test every weight of large tensors, not a random part; slower.")
+@max_memory_option
 @json_option
 def command(
     model: Path,
@@ -34,6 +36,7 @@ def command(
     markdown_path: Path | None,
     seed: int | None,
     exhaustive: bool,
+    budget_bytes: int | None,
     json_target: str | None,
 ) -> int:
     """Test the weights of MODEL: a folder of safetensors files, one such file, or a GGUF file, in full precision.
@@ -54,7 +57,15 @@ def command(
     num_weights = sum(target.num_weights for target in open_weights(model).targets)
     with progress_bar(num_weights // team.size, "scanning", shown=team.rank == 0) as progress:
         max_weights = num_weights if exhaustive else MAX_WEIGHTS
-        report = scan_model(model, names, seed=seed, max_weights=max_weights, progress=progress, team=team)
+        report = scan_model(
+            model,
+            names,
+            seed=seed,
+            max_weights=max_weights,
+            progress=progress,
+            team=team,
+            budget_bytes=budget_bytes,
+        )
     if team.rank > 0:
         return 0  # the first process has the report, and the exit code
     if html_path is not None:

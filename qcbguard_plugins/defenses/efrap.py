@@ -20,6 +20,10 @@ from qcbguard_plugins.defenses.soft_rounding import SoftRounding
 from qcbguard_plugins.errors import CalibrationError
 from qcbguard_plugins.grids.base import Lattice
 
+#: Steps and rate of the paper's code. With another number of steps the rate changes so that the variables can travel as
+#: far.
+PAPER_STEPS, PAPER_LEARNING_RATE = 10_000, 1e-3
+
 
 @register_defense("efrap", "learned rounding, a layer at a time, needs a forward pass (baseline)")
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class Efrap(Defense):
 
     Attributes:
         steps: Number of Adam steps, at least 1.
-        learning_rate: Of Adam, above 0.
+        learning_rate: Of Adam, above 0; ``None`` for the paper's times ``PAPER_STEPS / steps``.
         reconstruction: Weight of the first term, at least 0.
         penalty: Weight of the last term, at least 0.
 
@@ -43,15 +47,21 @@ class Efrap(Defense):
     needs_calibration: ClassVar[bool] = True
 
     steps: int = 500
-    learning_rate: float = 1e-3
+    learning_rate: float | None = None
     reconstruction: float = 1.0
     penalty: float = 0.01
 
     def __post_init__(self) -> None:
         require_whole(self.steps, 1, "efrap: steps")
-        require_range(self.learning_rate, 1e-8, 10.0, "efrap: learning_rate")
+        if self.learning_rate is not None:
+            require_range(self.learning_rate, 1e-8, 10.0, "efrap: learning_rate")
         require_range(self.reconstruction, 0.0, 1e12, "efrap: reconstruction")
         require_range(self.penalty, 0.0, 1e6, "efrap: penalty")
+
+    @property
+    def rate(self) -> float:
+        """The learning rate."""
+        return PAPER_LEARNING_RATE * PAPER_STEPS / self.steps if self.learning_rate is None else self.learning_rate
 
     def operations(self, shape: tuple[int, int], num_sequences: int, sequence_length: int) -> float:
         rows, columns = shape
@@ -69,7 +79,7 @@ class Efrap(Defense):
     def _learn(self, rounding: SoftRounding, hessian: Tensor) -> Tensor:
         mean = hessian.diagonal().mean().clamp(min=torch.finfo(hessian.dtype).tiny)
         hessian = hessian * (self.reconstruction / mean)
-        optimizer = torch.optim.Adam([rounding.alpha], lr=self.learning_rate)
+        optimizer = torch.optim.Adam([rounding.alpha], lr=self.rate)
         for step in range(1, self.steps + 1):
             optimizer.zero_grad()
             change = rounding.change()
@@ -79,7 +89,7 @@ class Efrap(Defense):
             loss = output + rounding.reversal_loss() + self.penalty * rounding.softness()
             if not torch.isfinite(loss):
                 raise CalibrationError(
-                    f"efrap: the loss is {float(loss)} at step {step}", remedy="Lower learning_rate."
+                    f"efrap: the loss is {loss.item()} at step {step}", remedy="Lower learning_rate."
                 )
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()

@@ -13,6 +13,7 @@ from qcbguard_plugins.grids.base import Grid, cut_blocks
 from qcbguard_plugins.grids.codebook import CodebookGrid
 from qcbguard_plugins.grids.int8 import SMALLEST_ABSMAX, Int8Grid
 from qcbguard_plugins.kernels import places, stochastic
+from qcbguard_plugins.kernels.compiler import Array
 from qcbguard_plugins.threads import map_over_threads
 
 _EMPTY = np.zeros(0, np.float32)
@@ -61,7 +62,7 @@ def round_run(
     sums = np.zeros(3)
     if isinstance(grid, CodebookGrid):
         levels, smallest = grid.levels.numpy(), grid.smallest_absmax(source.dtype)
-        tables = levels, grid.inverse_widths.numpy(), grid.midpoints.numpy()
+        tables = levels, _filled_up(grid.inverse_widths, 0.0), _filled_up(grid.midpoints, np.inf)
     else:
         tables, smallest = (_EMPTY, _EMPTY, _EMPTY), SMALLEST_ABSMAX
     num_moved, num_frozen, is_finite = stochastic.round_run(
@@ -88,9 +89,17 @@ def quantize(weight: Tensor, grid: Grid) -> Tensor:
         run, outcome = grid.read(blocks[start : start + step]), codes[start : start + step].numpy()
         if isinstance(grid, CodebookGrid):
             left = weight.numel() - start * blocks.shape[1]
-            places.quantize_codebook(run.numpy(), min(left, run.numel()), grid.midpoints.numpy(), outcome)
+            midpoints = _filled_up(grid.midpoints, np.inf)
+            places.quantize_codebook(run.numpy(), min(left, run.numel()), midpoints, outcome)
         else:
             places.quantize_rows(run.numpy(), outcome)
 
     map_over_threads(fill, range(0, len(blocks), step))
     return codes.view(-1)[: weight.numel()].view(weight.shape)
+
+
+def _filled_up(table: Tensor, value: float) -> Array:
+    """One entry for each cell of the largest codebook."""
+    filled = np.full(places.MAX_LEVELS - 1, value, np.float32)
+    filled[: len(table)] = table.numpy()
+    return filled

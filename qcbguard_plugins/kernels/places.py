@@ -7,6 +7,8 @@ import numpy as np
 from qcbguard_plugins.kernels.compiler import kernel
 
 ZERO, ONE, HALF = np.float32(0), np.float32(1), np.float32(0.5)
+#: Levels of the largest codebook.
+MAX_LEVELS = 16
 MAX_CODE, INVERSE_MAX_CODE = np.float32(127), np.float32(7.874015718698502e-3)
 _MAGNITUDE, _INFINITY = np.int32(0x7FFFFFFF), np.int32(0x7F800000)
 _SMALLEST_DIVISOR = np.float32(1e-38)
@@ -39,14 +41,14 @@ def over_row_scale(absmax):
 
 @kernel
 def place_in_codebook(weights, block, size, absmax, levels, inverse_widths, coordinates):
-    """Coordinates on a codebook: a sum of ramps, one a cell."""
+    """Coordinates on a codebook of ``MAX_LEVELS`` levels or fewer, filled up: a sum of ramps, one a cell."""
     inverse = over_codebook_scale(absmax)
     for i in range(size):
-        coordinates[i] = ZERO
-    for j in range(len(inverse_widths)):
-        level, inverse_width = levels[j], inverse_widths[j]
-        for i in range(size):
-            coordinates[i] += min(max((weights[block, i] * inverse - level) * inverse_width, ZERO), ONE)
+        scaled, coordinate = weights[block, i] * inverse, ZERO
+        # A number that the compiler knows, so that it unrolls this loop and works on many weights at a time.
+        for j in range(MAX_LEVELS - 1):
+            coordinate += min(max((scaled - levels[j]) * inverse_widths[j], ZERO), ONE)
+        coordinates[i] = coordinate
 
 
 @kernel
@@ -79,7 +81,7 @@ def quantize_codebook(weights, num_weights, midpoints, codes):
     Args:
         weights: float32 ``[num_blocks, block_size]``.
         num_weights: Weights that are there; what fills the last block up is none.
-        midpoints: float32, between the levels.
+        midpoints: float32 ``[MAX_LEVELS - 1]``, between the levels; what fills them up is infinity.
         codes: uint8 like ``weights``, the outcome.
     """
     size = weights.shape[1]
@@ -92,11 +94,10 @@ def quantize_codebook(weights, num_weights, midpoints, codes):
                 codes[block, i] = code_in_codebook(weights[block, i] / max(absmax, _SMALLEST_DIVISOR), midpoints)
             continue
         for i in range(size):
-            codes[block, i] = 0
-        for j in range(len(midpoints)):
-            midpoint = midpoints[j]
-            for i in range(size):
-                codes[block, i] += np.uint8(weights[block, i] * inverse > midpoint)
+            scaled, code = weights[block, i] * inverse, np.int32(0)
+            for j in range(MAX_LEVELS - 1):
+                code += np.int32(scaled > midpoints[j])
+            codes[block, i] = np.uint8(code)
 
 
 @kernel

@@ -38,8 +38,8 @@ def round_run(
         draws: float32 like ``weights``.
         num_weights: Weights that are there; what fills the last block up is none.
         levels: float32, the codebook; empty for the 255 even levels of LLM.int8.
-        inverse_widths: float32, one over the width of each of its cells.
-        midpoints: float32, the middle of each cell.
+        inverse_widths: float32 ``[MAX_LEVELS - 1]``, one over the width of each of its cells, filled up with zeros.
+        midpoints: float32 ``[MAX_LEVELS - 1]``, the middle of each cell, filled up with infinity.
         smallest: float32, the scale below which all of a block keep their value.
         dtype: That in which the outcome will be stored.
         guarded: float32 like ``weights``, the outcome, numbers of ``dtype``; it may be ``stored``.
@@ -52,7 +52,8 @@ def round_run(
     """
     size = weights.shape[1]
     coordinates, values = np.empty(size, np.float32), np.empty(size, np.float32)
-    nearest = np.empty(size, np.uint8)
+    # As wide as the weights: a loop over numbers of one width works on many at a time.
+    nearest, chosen = np.empty(size, np.int32), np.empty(size, np.int32)
     even = len(levels) == 0
     top = np.float32(253) if even else np.float32(len(levels) - 2)
     num_moved, num_frozen = 0, 0
@@ -64,32 +65,34 @@ def round_run(
             place_in_row(weights, block, size, absmax, coordinates)
         else:
             place_in_codebook(weights, block, size, absmax, levels, inverse_widths, coordinates)
-        _choose(coordinates, draws, block, size, top, nearest, codes)
+        _choose(coordinates, draws, block, size, top, nearest, chosen)
         _resolve_ties(weights, block, size, absmax, coordinates, midpoints, even, nearest)
         scale = absmax * INVERSE_MAX_CODE if even else absmax
         all_frozen = absmax < smallest
+        # A weight is frozen from this magnitude on: the largest of the block, or any.
+        frozen_from = ZERO if all_frozen else absmax
         for i in range(size):
-            frozen = all_frozen | (abs(weights[block, i]) == absmax)
-            codes[block, i] = nearest[i] if frozen else codes[block, i]
+            chosen[i] = nearest[i] if abs(weights[block, i]) >= frozen_from else chosen[i]
         if even:
             for i in range(size):
-                values[i] = (np.float32(codes[block, i]) - MAX_CODE) * scale
+                values[i] = (np.float32(chosen[i]) - MAX_CODE) * scale
         else:
             for i in range(size):
-                values[i] = levels[codes[block, i]] * scale
+                values[i] = levels[np.uint32(chosen[i])] * scale
         if dtype == BFLOAT16:
             for i in range(size):
                 values[i] = to_bfloat16(values[i])
         elif dtype == FLOAT16:
             for i in range(size):
                 values[i] = to_half(values[i])
+        for i in range(size):
+            values[i] = stored[block, i] if abs(weights[block, i]) >= frozen_from else values[i]
         count = min(size, num_weights - block * size)
         moved_here, frozen_here = np.int32(0), np.int32(0)
         for i in range(count):
-            frozen = all_frozen | (abs(weights[block, i]) == absmax)
-            values[i] = stored[block, i] if frozen else values[i]
-            moved_here += np.int32(codes[block, i] != nearest[i])
-            frozen_here += np.int32(frozen)
+            moved_here += np.int32(chosen[i] != nearest[i])
+        for i in range(count):
+            frozen_here += np.int32(abs(weights[block, i]) >= frozen_from)
         num_moved += moved_here
         num_frozen += frozen_here
         energy, change = _measure(weights, stored, values, block, count)
@@ -99,19 +102,21 @@ def round_run(
             for i in range(count):
                 if abs(weights[block, i]) != absmax:
                     sums[2] += weights[block, i] * weights[block, i]
+        for i in range(size):
+            codes[block, i] = np.uint8(chosen[i])
         for i in range(count):
             guarded[block, i] = values[i]
     return num_moved, num_frozen, True
 
 
 @kernel
-def _choose(coordinates, draws, block, size, top, nearest, codes):
+def _choose(coordinates, draws, block, size, top, nearest, chosen):
     for i in range(size):
         coordinate = coordinates[i]
         lower = min(np.float32(np.floor(coordinate)), top)
         up = np.float32(1) if coordinate - lower > draws[block, i] else ZERO
-        codes[block, i] = np.uint8(np.int32(lower + up))
-        nearest[i] = np.uint8(np.int32(np.ceil(coordinate - HALF)))
+        chosen[i] = np.int32(lower + up)
+        nearest[i] = np.int32(np.ceil(coordinate - HALF))
 
 
 @kernel

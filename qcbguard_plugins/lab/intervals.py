@@ -51,6 +51,37 @@ def share(num_hits: int, num_trials: int) -> Estimate:
     )
 
 
+def paired_difference(ours: Sequence[bool], theirs: Sequence[bool]) -> Estimate:
+    """The difference of two shares over the same prompts, sound where no prompt differs.
+
+    Args:
+        ours: Successes, one a prompt.
+        theirs: Successes on the same prompts, in the same order.
+
+    Raises:
+        UsageError: The lists differ in length or are empty.
+
+    References:
+        Bonett and Price, "Adjusted Wald Confidence Interval for a Difference of Binomial Proportions Based on Paired
+        Data", 2012.
+    """
+    if len(ours) != len(theirs) or not ours:
+        raise UsageError(f"{len(ours)} and {len(theirs)} answers are no pairs")
+    more = sum(one and not other for one, other in zip(ours, theirs, strict=True))
+    fewer = sum(other and not one for one, other in zip(ours, theirs, strict=True))
+    trials = len(ours) + 2
+    above, below = (more + 1) / trials, (fewer + 1) / trials
+    error = math.sqrt((above + below - (above - below) ** 2) / trials)
+    half = float(_stats().norm.ppf((1 + CONFIDENCE) / 2)) * error
+    middle = above - below
+    return Estimate(
+        value=(more - fewer) / len(ours),
+        low=max(-1.0, middle - half),
+        high=min(1.0, middle + half),
+        num_observations=len(ours),
+    )
+
+
 def ratio_of_sums(numerators: Sequence[float], denominators: Sequence[float]) -> Estimate:
     """``sum(numerators) / sum(denominators)`` with a bootstrap interval over the pairs of them.
 

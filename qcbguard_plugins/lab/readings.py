@@ -85,6 +85,11 @@ def divergence(reference: Sequence[Reading], readings: Sequence[Reading]) -> Est
     Raises:
         UsageError: The two were not taken on the same answers.
     """
+    return ratio_of_sums(divergences(reference, readings), [len(reading.answer_ids) for reading in readings])
+
+
+def divergences(reference: Sequence[Reading], readings: Sequence[Reading]) -> list[float]:
+    """``KL(reference || model)`` in nats, summed over the tokens of each answer; see :func:`divergence`."""
     if len(reference) != len(readings) or any(
         not torch.equal(a.answer_ids, b.answer_ids) for a, b in zip(reference, readings, strict=True)
     ):
@@ -93,7 +98,7 @@ def divergence(reference: Sequence[Reading], readings: Sequence[Reading]) -> Est
     for ours, theirs in zip(reference, readings, strict=True):
         p, q = ours.log_probabilities.double(), theirs.log_probabilities.double()
         sums.append(float((p.exp() * (p - q)).sum()))
-    return ratio_of_sums(sums, [len(reading.answer_ids) for reading in readings])
+    return sums
 
 
 def _tokens(tokenizer: PreTrainedTokenizerFast, pair: Pair, max_tokens: int) -> tuple[list[int], list[int]]:

@@ -6,6 +6,7 @@ import hashlib
 import platform
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -224,6 +225,11 @@ def now() -> str:
 
 def installed_versions() -> dict[str, str]:
     """Versions of Python and of the packages that a result depends on."""
+    return dict(_installed_versions())
+
+
+@lru_cache(maxsize=1)
+def _installed_versions() -> dict[str, str]:
     versions = {"python": platform.python_version()}
     for package in _REPORTED_PACKAGES:
         try:

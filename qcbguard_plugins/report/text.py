@@ -17,13 +17,14 @@ def render_plan(report: PlanReport) -> Group:
     """Every target tensor, and what the run will cost."""
     table = _table("tensor", "shape", "dtype", "format", "action")
     for tensor in report.tensors:
-        table.add_row(
-            tensor.name, _shape(tensor.shape) if tensor.shape else "", tensor.dtype, report.format, tensor.action
-        )
+        shape, form = _shape(tensor.shape) if tensor.shape else "", tensor.format or report.format
+        table.add_row(tensor.name, shape, tensor.dtype, form, tensor.action)
     lines = [
         f"{report.num_guarded} of {len(report.tensors)} target tensors will be guarded with {report.method}",
         f"peak memory about {human_bytes(report.peak_bytes)}, time about {human_seconds(report.estimated_s)}",
     ]
+    if report.types_from:
+        lines.append(f"types: {report.types_from}")
     if report.streamed:
         lines.append("the model does not fit into that, and is read block by block")
     return Group(table, Text("\n".join(lines)))

@@ -104,7 +104,7 @@ def _interrupted(folder: Path, name: str) -> Prepared:
             workspace.copy_rest(checkpoint.shards, [])
             for entry in checkpoint.tensors.values():
                 stored, digest = workspace.read(entry)
-                if workspace.resumed(entry, digest) is None and not kept.exists():
+                if workspace.resumed(entry) is None and not kept.exists():
                     workspace.write(entry, digest, stored, unchanged_record(entry.key))
             raise _Stop
 

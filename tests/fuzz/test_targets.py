@@ -32,7 +32,7 @@ def test_changed_files_raise_nothing_else(name: str, tmp_path: Path) -> None:
 def test_the_fuzzer_runs_every_target(tmp_path: Path) -> None:
     pytest.importorskip("atheris", reason="atheris is not installed: pip install 'qcbguard-plugins[fuzz]'")
     figures = tmp_path / "figures.json"
-    command = ["-m", "tests.fuzz.run", "all", "--minutes", "0.03", "--work-dir", str(tmp_path), "--json", str(figures)]
+    command = ["-m", "tests.fuzz.run", "all", "--minutes", "0.01", "--work-dir", str(tmp_path), "--json", str(figures)]
     result = subprocess.run(
         [sys.executable, *command], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
     )

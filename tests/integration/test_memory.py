@@ -9,7 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from qcbguard_plugins.errors import MemoryBudgetError
+from qcbguard_plugins.scan import scan_model
 from tests.conftest import ROOT
 
 _WITH_PEAK = (
@@ -52,3 +56,29 @@ def test_what_is_no_size_is_a_usage_error(size: str, llama: Path) -> None:
     )
     assert refused.returncode == 4
     assert "is not a size such as 6GiB" in refused.stderr
+
+
+@pytest.mark.parametrize("formats", ["nf4,int8", "gguf:Q4_K_M"])
+def test_a_scan_takes_what_is_planned_for_it(formats: str, tmp_path: Path) -> None:
+    """The statement is made in the process that scans, when all is imported that the command line imports."""
+    save_file({"model.layers.0.mlp.up_proj.weight": torch.randn(1024, 2048).half() * 0.02}, tmp_path / "m.safetensors")
+    code = (
+        "import sys\n"
+        "from qcbguard_plugins import memory, scan\n"
+        "import qcbguard_plugins.cli\n"
+        "original = memory.require_room_for_scan\n"
+        "def tell(*arguments):\n"
+        "    print(original(*arguments))\n"
+        "scan.require_room_for_scan = tell\n"
+        "scan.scan_model(sys.argv[1], sys.argv[2].split(','), seed=0)\n"
+        "print(memory.read_status('VmHWM'))\n"
+    )
+    done = run("-c", code, str(tmp_path / "m.safetensors"), formats)
+    assert done.returncode == 0, done.stderr
+    stated, measured = map(int, done.stdout.split())
+    assert stated == pytest.approx(measured, rel=0.2)
+
+
+def test_a_scan_beyond_its_budget_is_refused(llama: Path) -> None:
+    with pytest.raises(MemoryBudgetError, match=r"--max-memory is 50 MiB(.|\n)*--exhaustive"):
+        scan_model(llama, ["nf4"], budget_bytes=50 << 20)

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import filelock
@@ -17,6 +18,7 @@ import pytest
 
 from qcbguard_plugins import Calibration, Feedback, Guard, QuantGuard, Stochastic, guard_checkpoint, verify_checkpoint
 from qcbguard_plugins.checkpoint import Workspace, partial_of
+from qcbguard_plugins.cli import main
 from qcbguard_plugins.defenses import Defense
 from qcbguard_plugins.errors import CheckpointError, TargetExistsError, UsageError
 from tests.conftest import ROOT
@@ -40,20 +42,20 @@ class _Interrupted(BaseException):
 @pytest.fixture
 def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """End every run after some tensors, once called."""
-    original = Workspace.write
+    original = Workspace.finish
 
     def after(num_tensors: int) -> None:
         left = num_tensors
 
-        def write(self: Workspace, *args: object) -> None:
+        def finish(self: Workspace, *args: object) -> None:
             nonlocal left
             if left == 0:
-                monkeypatch.setattr(Workspace, "write", original)
+                monkeypatch.setattr(Workspace, "finish", original)
                 raise _Interrupted
             left -= 1
             original(self, *args)
 
-        monkeypatch.setattr(Workspace, "write", write)
+        monkeypatch.setattr(Workspace, "finish", finish)
 
     return after
 
@@ -61,7 +63,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 @pytest.mark.parametrize(
     ("kind", "shape", "method", "every"),
     [
-        ("folder", "llama-sharded", "stochastic", 1),
+        ("folder", "llama-one-block", "stochastic", 1),
         ("folder", "gpt2", "feedback", 4),
         ("gguf", "", "stochastic", 3),
         ("cache", "llama-fp32", "feedback", 20),
@@ -78,26 +80,53 @@ def test_a_run_killed_at_any_operation_on_a_file(
     assert int(result.stdout.splitlines()[-1]) > 20 // every
 
 
-def test_two_processes_make_the_same_bytes_as_one(model_folder: Callable[[str], Path], tmp_path: Path) -> None:
-    for shape, method in (("llama-sharded", "stochastic"), ("mixtral", "feedback")):
-        source, made = model_folder(shape), tmp_path / shape
-        command = ["guard", str(source), "--for", "nf4", "--method", method, "--seed", "5", "--out"]
-        one = run("-m", "qcbguard_plugins.cli", *command, f"{made}-one")
-        assert one.returncode == 0, one.stderr
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "qcbguard_plugins.cli"]
-        two = run(*launch, *command, f"{made}-two")
-        assert two.returncode == 0, two.stderr
-        assert contents(Path(f"{made}-one")) == contents(Path(f"{made}-two"))
-        assert two.stdout.count("target tensors guarded") == 1
+@dataclass(frozen=True)
+class _Launch:
+    """Several commands in one launch of two processes: the launch takes longer than the commands do."""
+
+    folder: Path
+    output: str
+
+    def commands(self, source: Callable[[str], Path], suffix: str) -> dict[str, list[str]]:
+        """What is run, by the name of what it makes."""
+        guards = {
+            name: ["guard", str(source(shape)), "--for", "nf4", "--method", method, "--seed", "5", "--out"]
+            for name, shape, method in (
+                ("data-free", "llama-sharded", "stochastic"),
+                ("calibrated", "mixtral", "feedback"),
+            )
+        }
+        scan = ["scan", str(source("llama-sharded")), "--for", "nf4,int8", "--seed", "5", "--json"]
+        return {name: [*command, str(self.folder / f"{name}-{suffix}")] for name, command in
+                {**guards, "scan.json": scan}.items()}  # fmt: skip
 
 
-def test_two_processes_scan_as_one(model_folder: Callable[[str], Path]) -> None:
-    command = ["scan", str(model_folder("llama-sharded")), "--for", "nf4,int8", "--seed", "5", "--json", "-"]
-    one = run("-m", "qcbguard_plugins.cli", *command)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "qcbguard_plugins.cli"]
-    two = run(*launch, *command)
-    assert (one.returncode, two.returncode) == (0, 0), two.stderr
-    reports = [json.loads(result.stdout) | {"created": "", "elapsed_s": 0} for result in (one, two)]
+@pytest.fixture(scope="module")
+def two_processes(model_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> _Launch:
+    launch = _Launch(tmp_path_factory.mktemp("two"), "")
+    commands = launch.folder / "commands.json"
+    commands.write_text(json.dumps(list(launch.commands(model_folder, "two").values())))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    result = run(*torchrun, "-m", "tests.two_processes", str(commands))
+    assert result.returncode == 0, result.stderr
+    return replace(launch, output=result.stdout)
+
+
+@pytest.mark.parametrize("name", ["data-free", "calibrated"])
+def test_two_processes_make_the_same_bytes_as_one(
+    name: str, two_processes: _Launch, model_folder: Callable[[str], Path]
+) -> None:
+    command = two_processes.commands(model_folder, "one")[name]
+    assert main(command) == 0
+    assert contents(Path(command[-1])) == contents(two_processes.folder / f"{name}-two")
+    assert two_processes.output.count("target tensors guarded") == 2  # once for each of the two commands
+
+
+def test_two_processes_scan_as_one(two_processes: _Launch, model_folder: Callable[[str], Path]) -> None:
+    command = two_processes.commands(model_folder, "one")["scan.json"]
+    assert main(command) == 0
+    made = (Path(command[-1]), two_processes.folder / "scan.json-two")
+    reports = [json.loads(path.read_text()) | {"created": "", "elapsed_s": 0} for path in made]
     assert reports[0] == reports[1]
 
 
@@ -195,13 +224,13 @@ class TestResumedRuns:
 class TestTroubleDuringTheRun:
     def test_a_source_that_changes(self, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         source, target = shutil.copytree(llama, tmp_path / "source"), tmp_path / "guarded"
-        original = Workspace.write
+        original = Workspace.finish
 
-        def write(self: Workspace, *args: object) -> None:
+        def finish(self: Workspace, *args: object) -> None:
             os.utime(source / "model.safetensors", ns=(0, 0))
             original(self, *args)
 
-        monkeypatch.setattr(Workspace, "write", write)
+        monkeypatch.setattr(Workspace, "finish", finish)
         with pytest.raises(CheckpointError, match="changed while it was read"):
             guard_checkpoint(source, target, ["nf4"], GUARD)
         assert [path.name for path in tmp_path.iterdir()] == ["source"]
@@ -229,7 +258,7 @@ class TestTroubleDuringTheRun:
         assert "Run the same command again to go on where it stopped" in failed.stderr
         assert "Traceback" not in failed.stderr
         assert not target.exists()
-        assert run(*command).returncode == 0
+        assert main(command[2:]) == 0
         assert verify_checkpoint(target).clean
 
     def test_a_worker_that_dies(self, llama: Path, tmp_path: Path) -> None:
@@ -238,12 +267,12 @@ class TestTroubleDuringTheRun:
         code = (
             "import os, signal, sys\n"
             "from qcbguard_plugins.checkpoint import Workspace\n"
-            "original = Workspace.write\n"
-            "def write(self, *args):\n"
+            "original = Workspace.finish\n"
+            "def finish(self, *args):\n"
             "    original(self, *args)\n"
             "    if os.environ['RANK'] == '1':\n"
             "        os.kill(os.getpid(), signal.SIGKILL)\n"
-            "Workspace.write = write\n"
+            "Workspace.finish = finish\n"
             "from qcbguard_plugins.cli import run\n"
             "run()\n"
         )
@@ -254,6 +283,6 @@ class TestTroubleDuringTheRun:
         assert not target.exists()
         journals = [path.read_text() for path in partial_of(target).glob("journal-1.jsonl")]
         assert [json.loads(line)["key"] for line in journals[0].splitlines()]
-        assert run("-m", "qcbguard_plugins.cli", *command).returncode == 0
+        assert main(command) == 0
         guard_checkpoint(llama, tmp_path / "whole", ["nf4"], GUARD)
         assert contents(target) == contents(tmp_path / "whole")

@@ -10,7 +10,7 @@ from scipy.stats import binom
 from torch import Tensor
 
 from qcbguard_plugins.backends.bitsandbytes.stock import stock_codes
-from qcbguard_plugins.defenses import Defense, Feedback, FlipGuard, Noise, QVec, Stochastic
+from qcbguard_plugins.defenses import Defense, Efrap, Feedback, FlipGuard, Noise, QVec, Stochastic
 from qcbguard_plugins.errors import UnguardableError
 from qcbguard_plugins.grids import CodebookGrid, cut_blocks, get_grid
 from qcbguard_plugins.guarded_weight import GuardedWeight
@@ -18,7 +18,7 @@ from qcbguard_plugins.rounding import guard_weight
 
 FORMATS = ["nf4", "fp4", "nf4-b128", "fp4-b32", "int8"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-DEFENSES: list[Defense] = [Stochastic(), FlipGuard(), FlipGuard(0.5), QVec(1.0), Noise(0.5), Feedback()]
+DEFENSES: list[Defense] = [Stochastic(), FlipGuard(), FlipGuard(0.5), QVec(1.0), Noise(0.5), Feedback(), Efrap(steps=8)]
 # Below this the float16 that int8 reads cannot hold 256 levels.
 _SMALLEST_INT8_ROW = 2.0**-13
 

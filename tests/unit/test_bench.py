@@ -10,13 +10,13 @@ from qcbguard_plugins.defenses import FlipGuard, Noise
 from qcbguard_plugins.errors import UsageError
 from qcbguard_plugins.lab.bench.defense_specs import parse_defense, signature
 from qcbguard_plugins.lab.bench.expectations import check_all
-from qcbguard_plugins.lab.bench.output import draw_all
+from qcbguard_plugins.lab.bench.output import draw_all, write_results
 from qcbguard_plugins.lab.bench.profile import PROFILES_DIR, BenchProfile, DefenseEntry, read_profile
 from qcbguard_plugins.lab.bench.results import FULL, STOCK, BenchReport, Cell, Machine, Place, Variant
 from qcbguard_plugins.lab.bench.runner import num_cells
 from qcbguard_plugins.lab.bench.summary import find, summarize
 from qcbguard_plugins.lab.bench.sweeps import find_grids, find_sweeps
-from qcbguard_plugins.lab.bench.tables import attacker_rows
+from qcbguard_plugins.lab.bench.tables import asr_rows, attacker_rows, clean_rows, utility_rows
 from qcbguard_plugins.lab.evaluation import GuardCost, Measurement
 from qcbguard_plugins.lab.intervals import Estimate, share
 
@@ -170,7 +170,11 @@ def test_a_line_pools_prompts_and_keeps_seeds_apart() -> None:
     assert line.asr == share(9, 300)
     # Seeds 0.02, 0.03, 0.04: standard error 0.01 / sqrt(3), times 4.30265.
     assert line.asr_over_seeds.low == pytest.approx(0.03 - 0.024841, abs=1e-5)
-    assert line.asr_from_full == pytest.approx(0.01)
+    assert line.asr_from_full is not None
+    # Three questions of 300 more, none fewer; with one added to each: 4 and 1 of 302.
+    half = 1.95996 * ((4 / 302 + 1 / 302 - (3 / 302) ** 2) / 302) ** 0.5
+    assert line.asr_from_full.value == pytest.approx(0.01)
+    assert line.asr_from_full.low == pytest.approx(3 / 302 - half, abs=1e-6)
     # ((1 - 0.03) / 1 - 0) * exp(-0.2 * 0.25)
     assert line.der == pytest.approx(0.97 * 0.951229, abs=1e-5)
 
@@ -180,6 +184,36 @@ def test_what_an_attack_costs_its_attacker_stands_beside_the_clean_model() -> No
     assert len(head) == len(row)
     assert row[:2] == ["content", "nf4"] and row[2].startswith("2.0 (") and row[3:6] == ["95.0", "2.000", "2.000"]
     assert attacker_rows(summarize(_cells()), [("other", "nf4")])[1] == []
+
+
+def test_rates_have_their_intervals_beside_them() -> None:
+    lines, places = summarize(_cells()), [("content", "nf4")]
+    head, (row,) = asr_rows(lines, places, ["stochastic", "qvec"])
+    assert head[4:] == ["stochastic", "qvec"]
+    assert row == ["content", "nf4", "2.0 (1-4)", "95.0 (92-97)", "3.0 (2-6)", "-"]
+    assert asr_rows(lines, places, ["qvec"], intervals=False)[1] == [["content", "nf4", "2.0", "95.0", "-"]]
+
+
+def test_utility_stands_beside_plain_rounding_and_full_precision() -> None:
+    head, (row,) = utility_rows(summarize(_cells()), [("content", "nf4")], ["stochastic"])
+    assert len(head) == len(row)
+    cells = dict(zip(head, row, strict=True))
+    assert cells["KL, no defense"] == "0.5000 (0.2500-1.000)"
+    assert cells["KL, stochastic"] == "0.0200 (0.0100-0.0400)"
+    assert cells["KL, clean model, no defense"].startswith("0.0100 (")
+    rates = [cells[f"task accuracy %, {name}"][:4] for name in ("full precision", "no defense", "stochastic")]
+    assert rates == ["80.0", "40.0", "80.0"]
+
+
+def test_a_clean_model_has_a_table_where_a_defense_was_measured_on_it() -> None:
+    lines, places = summarize(_cells()), [("content", "nf4")]
+    assert clean_rows(lines, places, ["stochastic"])[1] == []
+    guarded = _cells()[-1].model_copy(
+        update={"place": Place(row="content", variant="clean", format="nf4", defense="stochastic", seed=0)}
+    )
+    head, rows = clean_rows(summarize([*_cells(), guarded]), places, ["stochastic"])
+    assert [row[2] for row in rows] == [STOCK, "stochastic"]
+    assert all(len(row) == len(head) for row in rows)
 
 
 EXPECTING = MINIMAL + (
@@ -217,3 +251,29 @@ def test_plots_are_written_for_what_was_measured(tmp_path: Path) -> None:
     figures = draw_all(report, profile, tmp_path)
     assert [figure.file for figure in figures] == ["asr-utility.svg", "asr-utility-rows.svg"]
     assert all("<svg" in (tmp_path / figure.file).read_text(encoding="utf-8") for figure in figures)
+
+
+def test_the_page_is_written_from_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import benchmark_page
+
+    profile = _profile(tmp_path, EXPECTING.replace("name: tiny", "name: full"))
+    machine = Machine(processor="p", num_cores=2, gpu="", commit="abc")
+    cells = _cells((20, 20, 20))
+    report = BenchReport(
+        created="now",
+        versions={"torch": "2"},
+        machine=machine,
+        profile=profile.model_dump(mode="json"),
+        cells=cells,
+        checks=check_all(profile, cells, ["content"]),
+        elapsed_s=1.0,
+    )
+    write_results(report, profile, tmp_path / "full-results")
+    docs_dir = tmp_path / "docs"
+    monkeypatch.setattr("sys.argv", ["page", "--results-dir", str(tmp_path), "--docs-dir", str(docs_dir)])
+    benchmark_page.main()
+    page = (docs_dir / "benchmark.md").read_text(encoding="utf-8")
+    assert "| content | nf4 | stochastic | ASR within 2 points of full precision's | +18.0 points |" in page
+    assert "`stochastic`, interval of its KL against plain rounding's: below on 1 of 1 attacked models" in page
+    assert "qcbguard lab bench full" in page and "qcbguard lab bench adaptive" not in page
+    assert "## content, nf4" in (docs_dir / "benchmark-models.md").read_text(encoding="utf-8")

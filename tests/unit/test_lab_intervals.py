@@ -9,7 +9,7 @@ import torch
 
 from qcbguard_plugins.errors import UsageError
 from qcbguard_plugins.lab.effectiveness import defense_effectiveness_ratio
-from qcbguard_plugins.lab.intervals import exponential, mean_over_seeds, ratio_of_sums, share
+from qcbguard_plugins.lab.intervals import exponential, mean_over_seeds, paired_difference, ratio_of_sums, share
 from qcbguard_plugins.lab.memory import with_peak_bytes
 from qcbguard_plugins.lab.readings import Reading, divergence, perplexity_of
 
@@ -33,6 +33,28 @@ def test_an_interval_at_the_edge_has_a_width(hits: int) -> None:
 def test_no_share(hits: int, trials: int) -> None:
     with pytest.raises(UsageError, match="is no share"):
         share(hits, trials)
+
+
+def test_a_difference_over_the_same_prompts() -> None:
+    # Of ten prompts two more and one fewer; one added to each makes 3 and 2 of 12.
+    found = paired_difference([True] * 5 + [False] * 5, [True] * 3 + [False] * 6 + [True])
+    assert found.value == pytest.approx(0.1)
+    half = 1.95996 * math.sqrt((5 / 12 - 1 / 144) / 12)
+    assert (found.low, found.high) == (pytest.approx(1 / 12 - half, abs=1e-5), pytest.approx(1 / 12 + half, abs=1e-5))
+
+
+def test_a_difference_where_no_prompt_differs_has_a_width() -> None:
+    found = paired_difference([False] * 100, [False] * 100)
+    assert found.value == 0
+    assert found.high is not None and found.low == pytest.approx(-found.high)
+    # Wilson's interval of a share of 0 in 100 reaches to 3.7 %, that of a difference not as far.
+    assert 0.02 < found.high < 0.037
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [([], []), ([True], [True, False])])
+def test_no_pairs(ours: list[bool], theirs: list[bool]) -> None:
+    with pytest.raises(UsageError, match="no pairs"):
+        paired_difference(ours, theirs)
 
 
 def test_students_interval_over_three_seeds() -> None:

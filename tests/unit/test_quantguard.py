@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from qcbguard_plugins.defenses import Evidence, QuantGuard, Target, get_defense, rng_for
 from qcbguard_plugins.defenses.soft_rounding import SoftRounding
@@ -92,6 +93,30 @@ def test_weights_outside_the_band_stay(model: Any) -> None:
 def test_checkpointing_changes_nothing(model: Any) -> None:
     assert same(learn(SHORT, model), learn(dataclasses.replace(SHORT, gradient_checkpointing=True), model))
     assert not model.is_gradient_checkpointing
+
+
+def test_passes_of_one_sequence_add_up_to_a_batch(model: Any) -> None:
+    """The paper's schedule takes its samples one by one."""
+    together = dataclasses.replace(SHORT, batch_size=6)
+    one_by_one = dataclasses.replace(SHORT, batch_size=1, accumulation=6)
+    batch, singles = learn(together, model), learn(one_by_one, model)
+    agreement = torch.cat([(batch[name] == singles[name]).view(-1) for name in batch]).float().mean()
+    assert agreement > 0.999  # gradients are added up in another order
+
+
+def test_a_layer_that_holds_its_weight_transposed_learns_the_same(model: Any) -> None:
+    """GPT-2 keeps its linear layers as ``[in_features, out_features]``."""
+    name, straight = next((n, m) for n, m in model.named_modules() if n.endswith("down_proj"))
+    swapped = copy.deepcopy(model)
+    parent = swapped.get_submodule(name.rpartition(".")[0])
+    layer = Conv1D(straight.out_features, straight.in_features)
+    layer.weight.data, layer.bias.data = straight.weight.data.T.contiguous(), torch.zeros(straight.out_features)
+    parent.down_proj = layer
+    lattice = get_grid("nf4").lattice_of(straight.weight.data)
+    expected = SHORT.learn(model, [Target(name, (straight,), False, lattice)], tokens(), 0)
+    found = SHORT.learn(swapped.eval(), [Target(name, (layer,), True, lattice)], tokens(), 0)
+    assert (expected[name] == found[name]).float().mean() > 0.999
+    assert torch.equal(layer.weight.data, straight.weight.data.T)
 
 
 def test_a_float16_model_is_trained_in_float32_and_comes_back_as_it_was(model: Any) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qcbguard_plugins.defenses import Efrap, Evidence, rng_for
 from qcbguard_plugins.defenses.soft_rounding import SoftRounding
-from qcbguard_plugins.errors import CalibrationError
+from qcbguard_plugins.errors import CalibrationError, UsageError
 from qcbguard_plugins.grids import FORMATS, Lattice, get_grid
 
 
@@ -89,6 +89,19 @@ def test_neighbours_bracket_the_weight_on_an_uneven_grid() -> None:
     assert rounding.weight()[0, 1].item() == pytest.approx(0.0052083, abs=1e-6)
 
 
+@pytest.mark.parametrize("name", ["nf4", "fp4"])
+def test_bitsandbytes_scales_do_not_move_wherever_the_variables_go(name: str) -> None:
+    bnb = pytest.importorskip("bitsandbytes.functional")
+    lattice = lattice_of(name)
+    before = bnb.quantize_4bit(lattice.matrix(lattice.blocks).contiguous(), quant_type=name)[1].absmax
+    rounding = SoftRounding(lattice)
+    for alpha in (-50.0, 0.0, 50.0):
+        with torch.no_grad():
+            rounding.alpha.fill_(alpha)
+            after = bnb.quantize_4bit(rounding.weight().contiguous(), quant_type=name)[1].absmax
+        assert torch.equal(before, after)
+
+
 def inputs() -> Tensor:
     generator = torch.Generator().manual_seed(1)
     mixing = torch.randn(128, 128, generator=generator) * torch.logspace(0, -2, 128)
@@ -121,3 +134,19 @@ def test_efrap_refuses_what_is_no_hessian() -> None:
         Efrap().choose(lattice_of(), Evidence(rng_for(0, "w")))
     with pytest.raises(CalibrationError, match="NaN or infinity"):
         Efrap().choose(lattice_of(), Evidence(rng_for(0, "w"), torch.full((128, 128), float("nan"))))
+
+
+def test_efrap_travels_as_far_as_in_its_paper() -> None:
+    assert Efrap(steps=10_000).rate == pytest.approx(1e-3)
+    assert Efrap(steps=500).rate * 500 == pytest.approx(10.0)
+    assert Efrap(learning_rate=0.3).rate == 0.3
+    with pytest.raises(UsageError, match="learning_rate"):
+        Efrap(learning_rate=0.0)
+
+
+def test_efrap_names_the_step_at_which_its_loss_is_no_number() -> None:
+    """Moments that no inputs have: far apart from each other's scale, they overflow where their mean is set to 1."""
+    hessian = torch.full((128, 128), 1e30).fill_diagonal_(1e-30)
+    with pytest.raises(CalibrationError, match="at step 1") as error:
+        Efrap().choose(lattice_of(), Evidence(rng_for(0, "w"), hessian))
+    assert "learning_rate" in str(error.value)

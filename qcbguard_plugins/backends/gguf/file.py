@@ -149,7 +149,7 @@ class GgufRun:
         self._started = time.monotonic()
 
     def guard_tensor(self, tensor: GgufTensor, weight: Tensor) -> tuple[Tensor, TensorRecord]:
-        """Guard one tensor; stacked experts are guarded matrix by matrix."""
+        """Guard one tensor, whose memory may take the outcome; stacked experts are guarded matrix by matrix."""
         matrices = weight.view(-1, *tensor.shape[-2:])
         importance = self.plan.imatrix.of(tensor.name, len(matrices), tensor.shape[-1])
         results = [
@@ -171,7 +171,7 @@ class GgufRun:
         )
         grid.min_landed = options.min_landed
         name = f"{tensor.name}[{index}]" if len(tensor.shape) > 2 else tensor.name
-        return guard_weight(matrix, grid, self.guard.method, seed=self.guard.seed, name=name)
+        return guard_weight(matrix, grid, self.guard.method, seed=self.guard.seed, name=name, overwrite=True)
 
     def _record(self, tensor: GgufTensor, results: Sequence[GuardedWeight]) -> TensorRecord:
         columns = tensor.shape[-1]

@@ -66,7 +66,7 @@ def _restored(rule: Restored, lines: Sequence[Line], row: str, format: str, *, a
     guarded = find(lines, row, "attacked", format, rule.defense)
     rounded, clean = stock(lines, row, format), stock(lines, row, format, "clean")
     points = rule.within_points_adaptive if adaptive else rule.within_points
-    distance = None if guarded is None else guarded.asr_from_full
+    distance = None if guarded is None or guarded.asr_from_full is None else guarded.asr_from_full.value
     what = f"ASR within {points:g} points of full precision's"
     found = NOT_MEASURED if distance is None else f"{100 * distance:+.1f} points"
     held = distance is not None and abs(distance) <= points / 100 + _ROUNDING

@@ -115,7 +115,8 @@ def summary_table(report: BenchReport, profile: BenchProfile) -> Table:
     from rich.table import Table
 
     lines = summarize(report.cells)
-    columns, rows = asr_rows(lines, places_of(lines, profile), [entry.name for entry in profile.defenses])
+    names = [entry.name for entry in profile.defenses]
+    columns, rows = asr_rows(lines, places_of(lines, profile), names, intervals=False)
     table = Table(*columns, title="attack success rate, percent", title_justify="left")
     for row in rows:
         table.add_row(*row)

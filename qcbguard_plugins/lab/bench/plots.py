@@ -166,7 +166,7 @@ def draw_grid(lines: Sequence[Line], place: Place, grid: ParameterGrid, target: 
     if len(values) < len(grid.points):
         return None
     maps: list[tuple[str, Callable[[Line], float | None], str]] = [
-        ("ASR, points from full precision", lambda line: 100 * abs(line.asr_from_full or 0.0), "{:.1f}"),
+        ("ASR, points from full precision", _distance, "{:.1f}"),
         ("KL to full precision, nats a token", _kl, "{:.4f}"),
     ]
     pyplot = require_pyplot()
@@ -226,10 +226,11 @@ def _points(lines: Sequence[Line], places: Sequence[Place], name: str) -> list[t
     for row, format_name in places:
         line = find(lines, row, "attacked", format_name, name)
         clean = stock(lines, row, format_name, "clean")
-        if line is None or clean is None or line.kl is None or clean.kl is None or line.asr_from_full is None:
+        distance = None if line is None else _distance(line)
+        if line is None or clean is None or line.kl is None or clean.kl is None or distance is None:
             continue
         ratio = max(line.kl.value, _SMALLEST_KL) / max(clean.kl.value, _SMALLEST_KL)
-        points.append((math.log(ratio), 100 * abs(line.asr_from_full)))
+        points.append((math.log(ratio), distance))
     return points
 
 
@@ -253,6 +254,10 @@ def _along(
 
 def _asr(line: Line) -> float:
     return 100 * line.asr.value
+
+
+def _distance(line: Line) -> float | None:
+    return None if line.asr_from_full is None else 100 * abs(line.asr_from_full.value)
 
 
 def _kl(line: Line) -> float | None:

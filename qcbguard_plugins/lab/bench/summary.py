@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from qcbguard_plugins.lab.bench.results import FULL, STOCK, Cell, Variant
 from qcbguard_plugins.lab.effectiveness import defense_effectiveness_ratio
 from qcbguard_plugins.lab.evaluation import Measurement
-from qcbguard_plugins.lab.intervals import Estimate, mean_over_seeds, share
+from qcbguard_plugins.lab.intervals import Estimate, mean_over_seeds, paired_difference, share
 from qcbguard_plugins.lab.quantized import FULL_PRECISION
 from qcbguard_plugins.report.model import Record
 
@@ -24,7 +24,8 @@ class Line(Record):
         num_seeds: Seeds that were measured.
         asr: Attack success rate over the questions of all seeds, with Wilson's interval over prompts.
         asr_over_seeds: The mean over seeds, with Student's interval over seeds.
-        asr_from_full: Distance from the same folder's rate in full precision, mean over seeds.
+        asr_from_full: Distance from the same folder's rate in full precision, over the questions of all seeds, with an
+            interval over prompts.
         quiet_asr: Attack success rate without the trigger, for a payload that has one.
         unparsed: Share of the answers that cannot be judged.
         kl: Divergence from the same folder in full precision, nats an answer token.
@@ -45,7 +46,7 @@ class Line(Record):
     num_seeds: int
     asr: Estimate
     asr_over_seeds: Estimate
-    asr_from_full: float | None
+    asr_from_full: Estimate | None
     quiet_asr: Estimate | None
     unparsed: Estimate
     kl: Estimate | None
@@ -89,9 +90,7 @@ def _line(cells: Sequence[Cell], by_seed: dict[tuple[str, Variant, int], Cell]) 
     place = cells[0].place
     found = [_measured(cell) for cell in cells]
     own_full = [by_seed.get((place.row, place.variant, cell.place.seed)) for cell in cells]
-    distances = [
-        m.asr.value - _measured(full).asr.value for m, full in zip(found, own_full, strict=True) if full is not None
-    ]
+    pairs = [(m, _measured(full)) for m, full in zip(found, own_full, strict=True) if full is not None]
     ratios = [_ratio(m, by_seed.get((place.row, "clean", c.place.seed))) for m, c in zip(found, cells, strict=True)]
     known = [ratio for ratio in ratios if ratio is not None]
     guards = [m.guard for m in found if m.guard is not None]
@@ -104,7 +103,7 @@ def _line(cells: Sequence[Cell], by_seed: dict[tuple[str, Variant, int], Cell]) 
         num_seeds=len(cells),
         asr=_pooled([m.asr for m in found]),
         asr_over_seeds=mean_over_seeds([m.asr.value for m in found]),
-        asr_from_full=_mean(distances) if distances else None,
+        asr_from_full=_distance(pairs) if pairs else None,
         quiet_asr=_pooled_if(found, lambda m: m.quiet_asr),
         unparsed=_pooled([m.unparsed for m in found]),
         kl=_averaged([m.kl for m in found if m.kl is not None]),
@@ -134,6 +133,12 @@ def _ratio(measurement: Measurement, clean: Cell | None) -> float | None:
     return defense_effectiveness_ratio(
         1 - measurement.asr.value, 1 - base.asr.value, measurement.task_accuracy.value, base.task_accuracy.value, moved
     )
+
+
+def _distance(pairs: Sequence[tuple[Measurement, Measurement]]) -> Estimate:
+    """How much oftener the first of each pair shows the payload than the second, asked the same."""
+    hits = [[letter == "h" for m in side for letter in m.verdicts] for side in zip(*pairs, strict=True)]
+    return paired_difference(*hits)
 
 
 def _pooled(shares: Sequence[Estimate]) -> Estimate:

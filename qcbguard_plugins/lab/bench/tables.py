@@ -49,7 +49,7 @@ def detail_cells(line: Line) -> list[str]:
         model,
         "-" if line.defense == FULL else line.defense,
         asr,
-        "-" if line.defense == FULL or line.asr_from_full is None else f"{100 * line.asr_from_full:+.1f}",
+        "-" if line.defense == FULL or line.asr_from_full is None else points(line.asr_from_full),
         f"{100 * line.unparsed.value:.1f}",
         "-" if line.kl is None else number(line.kl),
         number(line.perplexity),
@@ -78,7 +78,7 @@ def compact_cells(line: Line) -> list[str]:
 
 
 def asr_rows(
-    lines: Sequence[Line], places: Sequence[tuple[str, str]], defenses: Sequence[str]
+    lines: Sequence[Line], places: Sequence[tuple[str, str]], defenses: Sequence[str], *, intervals: bool = True
 ) -> tuple[list[str], list[list[str]]]:
     """Attack success rates: a line a row and format, a column a defense.
 
@@ -86,6 +86,7 @@ def asr_rows(
         lines: All lines.
         places: Rows with their formats.
         defenses: Names of the defenses, in the order of the columns.
+        intervals: Whether each rate has its interval beside it, in whole percents.
 
     Returns:
         The head and the lines.
@@ -94,7 +95,7 @@ def asr_rows(
     for row, format_name in places:
         full = full_precision(lines, row)
         cells = [find(lines, row, "attacked", format_name, defense) for defense in (STOCK, *defenses)]
-        rates = [_rate(line) for line in (full, *cells)]
+        rates = [_rate(line, intervals=intervals) for line in (full, *cells)]
         table.append([row, format_name, *rates])
     return ["attack", "format", "full precision", "no defense", *defenses], table
 
@@ -146,7 +147,7 @@ def _method_cells(
     cells = []
     for places in groups.values():
         ours = [line for row, fmt in places if (line := find(lines, row, "attacked", fmt, name)) is not None]
-        distances = [100 * abs(line.asr_from_full) for line in ours if line.asr_from_full is not None]
+        distances = [100 * abs(line.asr_from_full.value) for line in ours if line.asr_from_full is not None]
         cells.append(f"{_mean(distances):.1f} ({max(distances):.1f})" if distances else "-")
     rounded = [(line, stock(lines, line.row, line.format)) for line in found]
     clean = [(line, stock(lines, line.row, line.format, "clean")) for line in found]
@@ -195,8 +196,38 @@ def clean_rows(
     table = []
     for row, fmt in places:
         found = [line for name in (STOCK, *defenses) if (line := find(lines, row, "clean", fmt, name)) is not None]
-        table += [[row, *compact_cells(line)] for line in found if len(found) > 1]
-    return ["made from", *COMPACT_COLUMNS], table
+        table += [[row, fmt, *_clean_cells(line)] for line in found if len(found) > 1]
+    head = ["clean model of", "format", "defense", "ASR % (95 %)", "unparsed %", "KL, nats (95 %)", "perplexity (95 %)"]
+    return [*head, "task accuracy % (95 %)", "codes moved %", "s", "MB"], table
+
+
+def _clean_cells(line: Line) -> list[str]:
+    _, defense, asr, _, unparsed, kl, perplexity, accuracy, moved, _, seconds, memory, _ = detail_cells(line)
+    return [defense, asr, unparsed, kl, perplexity, accuracy, moved, seconds, memory]
+
+
+def utility_rows(
+    lines: Sequence[Line], places: Sequence[tuple[str, str]], defenses: Sequence[str]
+) -> tuple[list[str], list[list[str]]]:
+    """Defenses beside undefended rounding: divergence and task accuracy with their intervals, a line a row and format.
+
+    Args:
+        lines: All lines.
+        places: Rows with their formats.
+        defenses: Names of the defenses, few enough to stand side by side.
+    """
+    names = ["no defense", *defenses]
+    head = ["attack", "format", *(f"KL, {name}" for name in names), "KL, clean model, no defense"]
+    head += [f"task accuracy %, {name}" for name in ("full precision", *names)]
+    table = []
+    for row, fmt in places:
+        found = [find(lines, row, "attacked", fmt, name) for name in (STOCK, *defenses)]
+        divergences = [None if line is None else line.kl for line in (*found, stock(lines, row, fmt, "clean"))]
+        accuracies = [None if line is None else line.task_accuracy for line in (full_precision(lines, row), *found)]
+        cells = ["-" if kl is None else number(kl) for kl in divergences]
+        cells += ["-" if accuracy is None else percent(accuracy) for accuracy in accuracies]
+        table.append([row, fmt, *cells])
+    return head, table
 
 
 def percent(estimate: Estimate) -> str:
@@ -205,6 +236,14 @@ def percent(estimate: Estimate) -> str:
     if estimate.low is None or estimate.high is None:
         return text
     return f"{text} ({100 * estimate.low:.1f}-{100 * estimate.high:.1f})"
+
+
+def points(estimate: Estimate) -> str:
+    """A difference of two shares in points with its interval."""
+    text = f"{100 * estimate.value:+.1f}"
+    if estimate.low is None or estimate.high is None:
+        return text
+    return f"{text} ({100 * estimate.low:+.1f} to {100 * estimate.high:+.1f})"
 
 
 def number(estimate: Estimate) -> str:
@@ -221,8 +260,13 @@ def short(value: float) -> str:
     return f"{value:.4f}" if abs(value) < 1 else f"{value:.3f}"
 
 
-def _rate(line: Line | None) -> str:
-    return "-" if line is None else f"{100 * line.asr.value:.1f}"
+def _rate(line: Line | None, *, intervals: bool = False) -> str:
+    if line is None:
+        return "-"
+    text = f"{100 * line.asr.value:.1f}"
+    if not intervals or line.asr.low is None or line.asr.high is None:
+        return text
+    return f"{text} ({100 * line.asr.low:.0f}-{100 * line.asr.high:.0f})"
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

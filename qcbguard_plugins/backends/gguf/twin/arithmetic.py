@@ -22,6 +22,12 @@ SQUARE, MAGNITUDE, RAISED_MAGNITUDE, IMPORTANCE, RAISED_IMPORTANCE = range(5)
 
 
 @kernel
+def at(place, lane):
+    """Where a lane's weight lies; unsigned, as a loop over what could be a negative index is not vectorized."""
+    return np.uint64(place) * np.uint64(LANES) + np.uint64(lane)
+
+
+@kernel
 def nearest_int(value):
     """ggml's ``nearest_int``, for any float32, those too large for it included."""
     bits = np.float32(value + ROUNDER).view(np.int32)
@@ -49,15 +55,15 @@ def mean_squares(weights, unit, factor):
 
 @kernel
 def load_lanes(weights, first, size, x):
-    """Lay sub-blocks out lane by lane in ``x``: ``[size, LANES]``; lanes past the end are zero."""
+    """Lay sub-blocks out in ``x``, place by place, one lane for each of them; lanes past the end are zero."""
     count = min(LANES, len(weights) // size - first)
     for lane in range(count):
         start = (first + lane) * size
         for i in range(size):
-            x[i, lane] = weights[start + i]
+            x[at(i, lane)] = weights[start + i]
     for lane in range(count, LANES):
         for i in range(size):
-            x[i, lane] = ZERO
+            x[at(i, lane)] = ZERO
     return count
 
 
@@ -69,9 +75,9 @@ def find_largest(x, size, largest, magnitudes):
         magnitudes[v] = ZERO
     for i in range(size):
         for v in range(LANES):
-            larger = abs(x[i, v]) > magnitudes[v]
-            largest[v] = x[i, v] if larger else largest[v]
-            magnitudes[v] = abs(x[i, v]) if larger else magnitudes[v]
+            larger = abs(x[at(i, v)]) > magnitudes[v]
+            largest[v] = x[at(i, v)] if larger else largest[v]
+            magnitudes[v] = abs(x[at(i, v)]) if larger else magnitudes[v]
 
 
 @kernel
@@ -88,19 +94,19 @@ def weigh_lanes(x, size, kind, importance, means, unit, first, w):
             for i in range(size):
                 weight = importance[column + i]
                 if kind == RAISED_IMPORTANCE:
-                    weight *= np.sqrt(np.float32(mean + x[i, lane] * x[i, lane]))
-                w[i, lane] = weight
+                    weight *= np.sqrt(np.float32(mean + x[at(i, lane)] * x[at(i, lane)]))
+                w[at(i, lane)] = weight
         return
     for i in range(size):
         for lane in range(LANES):
-            w[i, lane] = x[i, lane] * x[i, lane] if kind == SQUARE else abs(x[i, lane])
+            w[at(i, lane)] = x[at(i, lane)] * x[at(i, lane)] if kind == SQUARE else abs(x[at(i, lane)])
     if kind == RAISED_MAGNITUDE:
         sums = np.zeros(LANES, np.float32)
         for i in range(size):
             for lane in range(LANES):
-                sums[lane] += x[i, lane] * x[i, lane]
+                sums[lane] += x[at(i, lane)] * x[at(i, lane)]
         for lane in range(LANES):
             sums[lane] = np.sqrt(np.float32(sums[lane] / np.float32(size)))
         for i in range(size):
             for lane in range(LANES):
-                w[i, lane] = sums[lane] + w[i, lane]
+                w[at(i, lane)] = sums[lane] + w[at(i, lane)]

@@ -11,6 +11,7 @@ from qcbguard_plugins.backends.gguf.twin.arithmetic import (
     ONE,
     TINY,
     ZERO,
+    at,
     clamp,
     find_largest,
     load_lanes,
@@ -33,8 +34,9 @@ _WIDTHS = tuple(np.float32(b - a) for a, b in itertools.pairwise(IQ4_LEVELS))
 (_M0, _M1, _M2, _M3, _M4, _M5, _M6, _M7, _M8, _M9, _M10, _M11, _M12, _M13, _M14) = _MIDDLES
 (_W0, _W1, _W2, _W3, _W4, _W5, _W6, _W7, _W8, _W9, _W10, _W11, _W12, _W13, _W14) = _WIDTHS
 
-# Rows of the state of a search, one column a lane.
-_LARGEST, _MAGNITUDE, _INVERSE, _SUM_QX, _SUM_Q2, _SCALE, _BEST = range(7)
+# Where the rows of the state of a search begin, one entry a lane. They lie in one array, as those of the weights do, so
+# that the compiler knows that they do not overlap.
+_LARGEST, _MAGNITUDE, _INVERSE, _SUM_QX, _SUM_Q2, _SCALE, _BEST = range(0, 7 * LANES, LANES)
 _NUM_STATES = 7
 
 
@@ -72,43 +74,43 @@ def _code(value):
 def _sum(x, w, state):
     """The sums that give the best scale for the codes of one divisor."""
     for v in range(LANES):
-        state[_SUM_QX, v] = ZERO
-        state[_SUM_Q2, v] = ZERO
+        state[_SUM_QX + v] = ZERO
+        state[_SUM_Q2 + v] = ZERO
     for i in range(_SIZE):
         for v in range(LANES):
-            value = x[i, v]
-            level = _level(state[_INVERSE, v] * value)
-            weighted = w[i, v] * level
-            state[_SUM_QX, v] += weighted * value
-            state[_SUM_Q2, v] += weighted * level
+            value = x[at(i, v)]
+            level = _level(state[_INVERSE + v] * value)
+            weighted = w[at(i, v)] * level
+            state[_SUM_QX + v] += weighted * value
+            state[_SUM_Q2 + v] += weighted * level
 
 
 @kernel
 def _search(x, w, state):
     """Find the scale of each lane: the best of sixteen divisors."""
-    find_largest(x, _SIZE, state[_LARGEST], state[_MAGNITUDE])
+    find_largest(x, _SIZE, state[_LARGEST:], state[_MAGNITUDE:])
     for v in range(LANES):
-        state[_INVERSE, v] = ONE / (-state[_LARGEST, v] / _LOWEST)
+        state[_INVERSE + v] = ONE / (-state[_LARGEST + v] / _LOWEST)
     _sum(x, w, state)
     for v in range(LANES):
-        sum_q2 = state[_SUM_Q2, v]
-        scale = state[_SUM_QX, v] / sum_q2
+        sum_q2 = state[_SUM_Q2 + v]
+        scale = state[_SUM_QX + v] / sum_q2
         scale = scale if sum_q2 > ZERO else ZERO
-        state[_SCALE, v] = scale
-        state[_BEST, v] = scale * state[_SUM_QX, v]
+        state[_SCALE + v] = scale
+        state[_BEST + v] = scale * state[_SUM_QX + v]
     for step in range(-_TRIES, _TRIES + 1):
         numerator = np.float32(np.float32(step) + _LOWEST)
         for v in range(LANES):
-            state[_INVERSE, v] = numerator / state[_LARGEST, v]
+            state[_INVERSE + v] = numerator / state[_LARGEST + v]
         _sum(x, w, state)
         for v in range(LANES):
-            sum_qx, sum_q2, best = state[_SUM_QX, v], state[_SUM_Q2, v], state[_BEST, v]
+            sum_qx, sum_q2, best = state[_SUM_QX + v], state[_SUM_Q2 + v], state[_BEST + v]
             better = (sum_q2 > ZERO) & (sum_qx * sum_qx > best * sum_q2)
             scale = sum_qx / sum_q2
-            state[_SCALE, v] = scale if better else state[_SCALE, v]
-            state[_BEST, v] = scale * sum_qx if better else best
+            state[_SCALE + v] = scale if better else state[_SCALE + v]
+            state[_BEST + v] = scale * sum_qx if better else best
     for v in range(LANES):
-        state[_SCALE, v] = ZERO if state[_MAGNITUDE, v] < TINY else state[_SCALE, v]
+        state[_SCALE + v] = ZERO if state[_MAGNITUDE + v] < TINY else state[_SCALE + v]
 
 
 @kernel
@@ -124,8 +126,8 @@ def quantize(weights, importance, unit, kind, per_super, codes, scales):
         codes: uint8 like ``weights``, the outcome.
         scales: float32, one a block, the outcome.
     """
-    x, w = np.empty((_SIZE, LANES), np.float32), np.empty((_SIZE, LANES), np.float32)
-    state = np.empty((_NUM_STATES, LANES), np.float32)
+    x, w = np.empty(_SIZE * LANES, np.float32), np.empty(_SIZE * LANES, np.float32)
+    state = np.empty(_NUM_STATES * LANES, np.float32)
     means = mean_squares(weights, unit, np.float32(2)) if len(importance) else np.zeros(1, np.float32)
     for first in range(0, len(weights) // _SIZE, LANES):
         count = load_lanes(weights, first, _SIZE, x)
@@ -134,17 +136,17 @@ def quantize(weights, importance, unit, kind, per_super, codes, scales):
         for block in range(0, count, per_super):
             largest, magnitude = ZERO, ZERO
             for v in range(block, block + per_super):
-                if abs(state[_SCALE, v]) > magnitude:
-                    largest, magnitude = state[_SCALE, v], abs(state[_SCALE, v])
+                if abs(state[_SCALE + v]) > magnitude:
+                    largest, magnitude = state[_SCALE + v], abs(state[_SCALE + v])
             shared = -largest / np.float32(32)
             for v in range(block, block + per_super):
                 if per_super > 1:
                     inverse = ONE / shared if shared != ZERO else ZERO
-                    level = clamp(nearest_int(inverse * state[_SCALE, v]), np.int32(-32), np.int32(31))
+                    level = clamp(nearest_int(inverse * state[_SCALE + v]), np.int32(-32), np.int32(31))
                     step = shared * np.float32(level)
                     scales[first + v] = to_half(shared) * np.float32(level)
                 else:
-                    step = state[_SCALE, v]
+                    step = state[_SCALE + v]
                     scales[first + v] = to_half(step)
                 inverse = ONE / step if step != ZERO else ZERO
                 start = (first + v) * _SIZE

@@ -1,37 +1,52 @@
-"""Stochastic rounding on a type with a formula in one pass: place, choose, hand over, store, compare, count."""
+"""Stochastic rounding on a type with a formula in one pass: draw, place, choose, hand over, store, compare, count.
+
+What a block becomes stays in the first cache from its weights to its counts. The loops are cut as a compiler needs them
+to turn each into vector instructions.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 
-from qcbguard_plugins.backends.gguf.twin.landing import choose, choose_points, compare, measure
-from qcbguard_plugins.backends.gguf.twin.places import encode_by_formula, place_by_formula
-from qcbguard_plugins.kernels.compiler import kernel
+from qcbguard_plugins.backends.gguf.twin.arithmetic import ONE, ZERO
+from qcbguard_plugins.backends.gguf.twin.places import code_of, divisor_of, order_of, value_of
+from qcbguard_plugins.draws import GROUP
+from qcbguard_plugins.kernels.compiler import kernel, statistic
 from qcbguard_plugins.kernels.half import to_bfloat16, to_half
+from qcbguard_plugins.kernels.philox import fill_groups, round_keys
 from qcbguard_plugins.kernels.stochastic import BFLOAT16, FLOAT16
 
-# Blocks that are worked on at a time; all that is computed of them stays in the first cache.
+# Weights a block, of every type with a formula.
+SIZE = 32
+# Blocks that are worked on at a time.
 _BLOCKS_PER_CHUNK = 64
-_FINITE = np.int32(0x7F800000)
+# Blocks whose ends are looked for side by side; a shorter loop would be unrolled before it could be vectorized.
+_SIDE_BY_SIDE = 4
+# What sorts just above the finite numbers, and just below them.
+_ABOVE, _BELOW = np.int32(0x7F800000), np.int32(-0x7F800001)
+# Two counts in one sum: of weights that moved, and this many times that of those that have no choice.
+_SECOND = np.int32(1 << 16)
 
 
 @kernel
 def guard_run(
-    weights, draws, size, levels, lowest, with_offset, half_step, dtype, guarded, codes, scales, offsets, counts, sums
-):
+    weights, key0, key1, place, lowest_level, lowest, top, with_offset, dtype, guarded, codes, scales, offsets, counts,
+    sums,
+):  # fmt: skip
     """Guard some blocks; see :mod:`qcbguard_plugins.landing` for what each step means.
 
     Args:
-        weights: float32 ``[num_blocks, size]``, numbers of ``dtype``.
-        draws: float32 like it.
-        size: Weights a block.
-        levels: float32, the levels of the type.
+        weights: float32 ``[num_blocks, SIZE]``, numbers of ``dtype``.
+        key0: uint32, the low half of the key of the draws.
+        key1: uint32, its high half.
+        place: Place of the first weight, a multiple of ``SIZE``.
+        lowest_level: float32, the lowest level of the type.
         lowest: float32, the lowest code that is stored.
+        top: float32, the highest code.
         with_offset: True where both ends of a block hold its scale.
-        half_step: float32, half the least distance of levels.
         dtype: That of the file.
         guarded: float32 like ``weights``, the outcome, numbers of ``dtype``.
-        codes: uint8 like it, what is stored for that.
+        codes: uint8 like ``weights``, what is stored for that.
         scales: float32, one a block, the same.
         offsets: float32, one a block, the same.
         counts: int64 ``[3]``, the weights that moved, those that have no choice, and those that land.
@@ -40,65 +55,136 @@ def guard_run(
     Returns:
         False where a weight is not finite; then nothing counts.
     """
-    top = np.float32(len(levels) - 1)
-    coordinate = np.empty((_BLOCKS_PER_CHUNK, size), np.float32)
-    nearest, chosen = np.empty((_BLOCKS_PER_CHUNK, size), np.uint8), np.empty((_BLOCKS_PER_CHUNK, size), np.uint8)
-    wanted, frozen = np.empty((_BLOCKS_PER_CHUNK, size), np.uint8), np.empty((_BLOCKS_PER_CHUNK, size), np.bool_)
-    chosen_scales, chosen_offsets = np.empty(_BLOCKS_PER_CHUNK, np.float32), np.empty(_BLOCKS_PER_CHUNK, np.float32)
-    divisors, bases = np.empty(_BLOCKS_PER_CHUNK, np.float32), np.empty(_BLOCKS_PER_CHUNK, np.float32)
-    landed, misses = np.empty(_BLOCKS_PER_CHUNK, np.int32), np.empty(_BLOCKS_PER_CHUNK, np.float32)
-    for first in range(0, len(weights), _BLOCKS_PER_CHUNK):
-        count = min(_BLOCKS_PER_CHUNK, len(weights) - first)
-        part, points = weights[first : first + count], guarded[first : first + count]
-        if not _is_finite(part, size):
+    keys, num_blocks = round_keys(key0, key1), len(weights)
+    draws = np.empty(_BLOCKS_PER_CHUNK * SIZE + GROUP, np.float32)
+    lows, highs = np.empty(_BLOCKS_PER_CHUNK, np.int32), np.empty(_BLOCKS_PER_CHUNK, np.int32)
+    wanted_scales, wanted_offsets = np.empty(_BLOCKS_PER_CHUNK, np.float32), np.empty(_BLOCKS_PER_CHUNK, np.float32)
+    wanted = np.empty((_BLOCKS_PER_CHUNK, SIZE), np.uint8)
+    flat, flat_guarded = weights.reshape(-1), guarded.reshape(-1)
+    for first in range(0, num_blocks, _BLOCKS_PER_CHUNK):
+        count = min(_BLOCKS_PER_CHUNK, num_blocks - first)
+        group, skipped = divmod(place + first * SIZE, GROUP)
+        fill_groups(keys, group, draws[: -(-(skipped + count * SIZE) // GROUP) * GROUP])
+        if not _find_ends(weights, first, count, lows, highs):
             return False
-        place_by_formula(
-            part, size, levels[0], lowest, top, with_offset, nearest[:count], chosen_scales[:count],
-            chosen_offsets[:count], divisors[:count], bases[:count], coordinate[:count], frozen[:count],
-        )  # fmt: skip
-        choose(coordinate[:count], draws[first : first + count], size, top - np.float32(1), wanted[:count])
-        num_moved, num_frozen = choose_points(
-            part, size, levels, True, wanted[:count], nearest[:count], frozen[:count], True, chosen_scales[:count],
-            chosen_offsets[:count], divisors[:count], bases[: count if with_offset else 0], points, chosen[:count],
-        )  # fmt: skip
-        _store(points, size, dtype)
-        stored = codes[first : first + count]
-        encode_by_formula(
-            points, size, levels[0], top, with_offset, stored, scales[first : first + count],
-            offsets[first : first + count],
-        )  # fmt: skip
-        compare(
-            size, levels, True, stored, scales[first : first + count], offsets[first : first + count], chosen[:count],
-            chosen_scales[:count], chosen_offsets[:count], half_step, 1, landed[:count], misses[:count],
-        )  # fmt: skip
-        energy, lost, change = measure(part, points, size, chosen_scales[:count])
+        for i in range(count):
+            block, low, high = first + i, value_of(lows[i]), value_of(highs[i])
+            divisor, base = divisor_of(weights, block, low, high, lowest_level, top, with_offset)
+            wanted_scales[i], wanted_offsets[i] = to_half(divisor), to_half(base)
+            if not with_offset:
+                high = high if high > -low else -low
+                low = -high
+            both = _choose(
+                weights, block, draws, skipped + i * SIZE, wanted_scales[i], wanted_offsets[i], divisor, base, low,
+                high, lowest_level, lowest, top, with_offset, guarded, wanted, i,
+            )  # fmt: skip
+            counts[0] += both & (_SECOND - np.int32(1))
+            counts[1] += both // _SECOND
+        part = slice(first * SIZE, (first + count) * SIZE)
+        _store(flat_guarded[part], dtype)
+        _find_ends(guarded, first, count, lows, highs)
+        for i in range(count):
+            block, low, high = first + i, value_of(lows[i]), value_of(highs[i])
+            divisor, base = divisor_of(guarded, block, low, high, lowest_level, top, with_offset)
+            scales[block], offsets[block] = to_half(divisor), to_half(base)
+            counts[2] += _encode(
+                guarded, block, divisor, base, scales[block], offsets[block], wanted, i, wanted_scales[i],
+                wanted_offsets[i], lowest_level, top, with_offset, codes,
+            )  # fmt: skip
+            if wanted_scales[i] == ZERO:
+                for j in range(SIZE):
+                    sums[1] += weights[block, j] * weights[block, j]
+        energy, change = _measure(flat[part], flat_guarded[part])
         sums[0] += energy
-        sums[1] += lost
         sums[2] += change
-        counts[0] += num_moved
-        counts[1] += num_frozen
-        for block in range(count):
-            counts[2] += landed[block]
     return True
 
 
 @kernel
-def _is_finite(weights, size):
-    largest = np.int32(0)
-    for block in range(len(weights)):
-        for i in range(size):
-            bits = np.int32(np.float32(weights[block, i]).view(np.int32) & np.int32(0x7FFFFFFF))
-            largest = bits if bits > largest else largest
-    return largest < _FINITE
+def _find_ends(weights, first, count, lows, highs):
+    """What the smallest and the largest weight of each block sort as; false where a weight is not finite."""
+    last = first + count - 1
+    for start in range(0, count, _SIDE_BY_SIDE):
+        a = first + start
+        b, c, d = min(a + 1, last), min(a + 2, last), min(a + 3, last)
+        low_a, low_b, low_c, low_d = _ABOVE, _ABOVE, _ABOVE, _ABOVE
+        high_a, high_b, high_c, high_d = _BELOW, _BELOW, _BELOW, _BELOW
+        for i in range(SIZE):
+            value_a, value_b = order_of(weights[a, i]), order_of(weights[b, i])
+            value_c, value_d = order_of(weights[c, i]), order_of(weights[d, i])
+            low_a, low_b = min(low_a, value_a), min(low_b, value_b)
+            low_c, low_d = min(low_c, value_c), min(low_d, value_d)
+            high_a, high_b = max(high_a, value_a), max(high_b, value_b)
+            high_c, high_d = max(high_c, value_c), max(high_d, value_d)
+        lows[a - first], lows[b - first], lows[c - first], lows[d - first] = low_a, low_b, low_c, low_d
+        highs[a - first], highs[b - first], highs[c - first], highs[d - first] = high_a, high_b, high_c, high_d
+    lowest, highest = lows[0], highs[0]
+    for i in range(count):
+        lowest, highest = min(lowest, lows[i]), max(highest, highs[i])
+    return lowest > _BELOW and highest < _ABOVE
 
 
 @kernel
-def _store(points, size, dtype):
+def _choose(
+    weights, block, draws, first_draw, scale, offset, divisor, base, low, high, lowest_level, lowest, top, with_offset,
+    guarded, wanted, row,
+):  # fmt: skip
+    inverse = ONE / scale if scale != ZERO else ZERO
+    inverse_divisor = ONE / divisor if divisor != ZERO else ZERO
+    last, empty = top - ONE, scale == ZERO
+    both = np.int32(0)
+    for i in range(SIZE):
+        weight = weights[block, i]
+        nearest = np.int32(code_of(weight, inverse_divisor, base, top, with_offset))
+        coordinate = (weight - offset) * inverse - lowest_level
+        coordinate = coordinate if coordinate > lowest else lowest
+        coordinate = coordinate if coordinate < top else top
+        lower = min(np.float32(np.floor(coordinate)), last)
+        up = ONE if coordinate - lower > draws[first_draw + i] else ZERO
+        frozen = empty | (weight == low) | (weight == high)
+        code = nearest if frozen else np.int32(lower + up)
+        both += np.int32(code != nearest) + (_SECOND if frozen else np.int32(0))
+        value = (np.float32(code) + lowest_level) * divisor + base
+        value = value if value > low else low
+        value = value if value < high else high
+        guarded[block, i] = weight if frozen else value
+        wanted[row, i] = np.uint8(code)
+    return both
+
+
+@kernel
+def _store(points, dtype):
     if dtype == BFLOAT16:
-        for block in range(len(points)):
-            for i in range(size):
-                points[block, i] = to_bfloat16(points[block, i])
+        for i in range(len(points)):
+            points[i] = to_bfloat16(points[i])
     elif dtype == FLOAT16:
-        for block in range(len(points)):
-            for i in range(size):
-                points[block, i] = to_half(points[block, i])
+        for i in range(len(points)):
+            points[i] = to_half(points[i])
+
+
+@kernel
+def _encode(
+    points, block, divisor, base, scale, offset, wanted, row, wanted_scale, wanted_offset, lowest_level, top,
+    with_offset, codes,
+):  # fmt: skip
+    """Fill the codes that are stored; returns how many of them stand for the value that was chosen."""
+    inverse = ONE / divisor if divisor != ZERO else ZERO
+    reach = abs(wanted_scale) * np.float32(0.5)
+    num_landed = np.int32(0)
+    for i in range(SIZE):
+        code = np.int32(code_of(points[block, i], inverse, base, top, with_offset))
+        stored = (np.float32(code) + lowest_level) * scale + offset
+        value = (np.float32(wanted[row, i]) + lowest_level) * wanted_scale + wanted_offset
+        num_landed += np.int32(abs(stored - value) <= reach)
+        codes[block, i] = np.uint8(code)
+    return num_landed if reach != ZERO else np.int32(SIZE)
+
+
+@statistic
+def _measure(weights, guarded):
+    energy, change = ZERO, ZERO
+    for i in range(len(weights)):
+        energy += weights[i] * weights[i]
+        difference = guarded[i] - weights[i]
+        change += difference * difference
+    return energy, change

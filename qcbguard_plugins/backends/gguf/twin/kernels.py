@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from qcbguard_plugins.backends.gguf.twin import formula, landing, places
-from qcbguard_plugins.draws import uniform_draws
+from qcbguard_plugins.draws import split_key, uniform_draws
 from qcbguard_plugins.grids.base import Lattice
 from qcbguard_plugins.grids.ggml import WITH_OFFSET, GgmlGrid, GuardedRun
 from qcbguard_plugins.grids.ggml_blocks import IQ4_LEVELS, StoredBlocks
@@ -19,7 +19,7 @@ _EMPTY = np.zeros(0, np.float32)
 
 
 def _flat(tensor: Tensor | None) -> Array:
-    """One value a sub-block."""
+    """All values in a row."""
     return _EMPTY if tensor is None else tensor.contiguous().numpy().reshape(-1)
 
 
@@ -75,14 +75,15 @@ class NumbaKernels:
         self, grid: GgmlGrid, weight: Tensor, key: int, first: int, guarded: Tensor, codes: Tensor, /
     ) -> GuardedRun:
         size, weights = grid.block_type.sub_block_size, weight.float().reshape(-1)
+        if weights.data_ptr() == guarded.data_ptr():
+            weights = weights.clone()
         points = torch.empty_like(weights) if guarded.dtype != torch.float32 else guarded.view(-1)
-        draws = uniform_draws(key, first, weights.numel(), weights.device)
         scale, offset = (torch.empty(weights.numel() // size, 1) for _ in range(2))
         counts, sums = np.zeros(3, np.int64), np.zeros(3)
         is_finite = formula.guard_run(
-            _each(weights, size), _each(draws, size), size, grid.levels.numpy(), np.float32(grid.lowest_code),
-            grid.block_type.name in WITH_OFFSET, np.float32(grid.levels.diff().min() / 2), DTYPES[weight.dtype],
-            _each(points, size), _each(codes, size), _flat(scale), _flat(offset), counts, sums,
+            _each(weights, size), *split_key(key), first, np.float32(grid.block_type.levels[0]),
+            np.float32(grid.lowest_code), np.float32(grid.num_levels - 1), grid.block_type.name in WITH_OFFSET,
+            DTYPES[weight.dtype], _each(points, size), _each(codes, size), _flat(scale), _flat(offset), counts, sums,
         )  # fmt: skip
         if guarded.dtype != torch.float32:
             guarded.copy_(points.view(guarded.shape))
@@ -92,10 +93,10 @@ class NumbaKernels:
         return GuardedRun(stored, num_moved, num_frozen, num_landed, energy, lost, change, is_finite)
 
     def choose(self, lattice: Lattice, key: int, first: int, /) -> Tensor:
-        size, codes = lattice.blocks.shape[1], torch.empty_like(lattice.blocks, dtype=torch.uint8)
+        codes = torch.empty_like(lattice.blocks, dtype=torch.uint8)
         draws = uniform_draws(key, first, codes.numel(), codes.device)
         last = np.float32(lattice.grid.num_levels - 2)
-        landing.choose(_each(lattice.coordinate, size), _each(draws, size), size, last, _each(codes, size))
+        landing.choose(_flat(lattice.coordinate), draws.numpy(), last, _flat(codes))
         return codes
 
     def correct(

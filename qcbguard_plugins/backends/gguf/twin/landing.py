@@ -8,6 +8,8 @@ from qcbguard_plugins.backends.gguf.twin.arithmetic import ZERO
 from qcbguard_plugins.backends.gguf.twin.places import ends
 from qcbguard_plugins.kernels.compiler import kernel, statistic
 
+_BLOCKS_PER_CHUNK = 64
+
 
 @kernel
 def _level(levels, even, code):
@@ -39,35 +41,63 @@ def choose_points(
     Returns:
         The number of codes that differ from plain rounding, and the number of frozen weights.
     """
-    num_moved, num_frozen = 0, 0
-    for block in range(len(scales)):
-        moved_here, frozen_here = np.int32(0), np.int32(0)
+    num_moved, num_frozen = _pick(
+        chosen.reshape(-1), nearest.reshape(-1), frozen.reshape(-1), codes.reshape(-1)
+    )  # fmt: skip
+    if not len(divisors):
+        _to_values(codes, size, levels, even, scales, offsets, points)
+    for block in range(len(divisors)):
+        divisor = divisors[block]
+        low, high = ends(weights, block, size)
+        base = bases[block] if len(bases) else ZERO
+        if not len(bases):
+            high = high if high > -low else -low
+            low = -high
         for i in range(size):
-            code = nearest[block, i] if frozen[block, i] else chosen[block, i]
-            codes[block, i] = code
-            moved_here += np.int32(code != nearest[block, i])
-            frozen_here += np.int32(frozen[block, i])
-        num_moved += moved_here
-        num_frozen += frozen_here
-        if not len(divisors):
-            scale, offset = scales[block], offsets[block]
-            for i in range(size):
-                points[block, i] = _level(levels, even, codes[block, i]) * scale + offset
-        else:
-            divisor = divisors[block]
-            low, high = ends(weights, block, size)
-            base = bases[block] if len(bases) else ZERO
-            if not len(bases):
-                high = high if high > -low else -low
-                low = -high
-            for i in range(size):
-                value = _level(levels, even, codes[block, i]) * divisor + base
-                value = value if value > low else low
-                points[block, i] = value if value < high else high
-        if keeps:
+            value = _level(levels, even, codes[block, i]) * divisor + base
+            value = value if value > low else low
+            points[block, i] = value if value < high else high
+    if keeps:
+        for block in range(len(scales)):
             for i in range(size):
                 points[block, i] = weights[block, i] if frozen[block, i] else points[block, i]
     return num_moved, num_frozen
+
+
+@kernel
+def _pick(chosen, nearest, frozen, codes):
+    """The code of each weight; returns how many differ from plain rounding, and how many are frozen."""
+    num_moved, num_frozen = np.int32(0), np.int32(0)
+    for i in range(len(codes)):
+        code = nearest[i] if frozen[i] else chosen[i]
+        codes[i] = code
+        num_moved += np.int32(code != nearest[i])
+        num_frozen += np.int32(frozen[i])
+    return num_moved, num_frozen
+
+
+@kernel
+def _to_values(codes, size, levels, even, scales, offsets, values):
+    """Dequantize, some blocks at a time: one loop over many weights is faster than many over the few of a block."""
+    scale, offset = np.empty(_BLOCKS_PER_CHUNK * size, np.float32), np.empty(_BLOCKS_PER_CHUNK * size, np.float32)
+    flat_codes, flat_values = codes.reshape(-1), values.reshape(-1)
+    for first in range(0, len(scales), _BLOCKS_PER_CHUNK):
+        count = min(_BLOCKS_PER_CHUNK, len(scales) - first)
+        for block in range(count):
+            scale[block * size : (block + 1) * size] = scales[first + block]
+            offset[block * size : (block + 1) * size] = offsets[first + block]
+        part = slice(first * size, (first + count) * size)
+        _scale_levels(flat_codes[part], levels, even, scale, offset, flat_values[part])
+
+
+@kernel
+def _scale_levels(codes, levels, even, scale, offset, values):
+    if even:
+        for i in range(len(codes)):
+            values[i] = (np.float32(codes[i]) + levels[0]) * scale[i] + offset[i]
+    else:
+        for i in range(len(codes)):
+            values[i] = levels[codes[i]] * scale[i] + offset[i]
 
 
 @kernel
@@ -85,13 +115,12 @@ def correct(
 
 
 @kernel
-def choose(coordinate, draws, size, last, codes):
+def choose(coordinate, draws, last, codes):
     """The upper neighbour where a position lies above a draw; ``codes`` is the outcome."""
-    for block in range(len(coordinate)):
-        for i in range(size):
-            lower = min(np.float32(np.floor(coordinate[block, i])), last)
-            up = np.float32(1) if coordinate[block, i] - lower > draws[block, i] else ZERO
-            codes[block, i] = np.uint8(np.int32(lower + up))
+    for i in range(len(coordinate)):
+        lower = min(np.float32(np.floor(coordinate[i])), last)
+        up = np.float32(1) if coordinate[i] - lower > draws[i] else ZERO
+        codes[i] = np.uint8(np.int32(lower + up))
 
 
 @kernel

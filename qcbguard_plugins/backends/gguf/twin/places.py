@@ -9,18 +9,19 @@ from qcbguard_plugins.kernels.compiler import kernel
 from qcbguard_plugins.kernels.half import to_half
 
 _ALL_BUT_SIGN = np.int32(0x7FFFFFFF)
+_TOP_OF_8_BITS, _HALF = np.float32(255), np.float32(0.5)
 
 
 @kernel
-def _order(value):
+def order_of(value):
     """An int32 that sorts as the float32 does; largest of integers, unlike of floats, vectorizes."""
     bits = np.float32(value).view(np.int32)
     return np.int32(bits ^ np.int32(np.int32(bits >> np.int32(31)) & _ALL_BUT_SIGN))
 
 
 @kernel
-def _value(order):
-    """The inverse of :func:`_order`."""
+def value_of(order):
+    """The inverse of :func:`order_of`."""
     return np.int32(order ^ np.int32(np.int32(order >> np.int32(31)) & _ALL_BUT_SIGN)).view(np.float32)
 
 
@@ -32,10 +33,10 @@ def _magnitude(value):
 @kernel
 def ends(weights, block, size):
     """The smallest and the largest weight of a sub-block."""
-    low, high = _order(weights[block, 0]), _order(weights[block, 0])
+    low, high = order_of(weights[block, 0]), order_of(weights[block, 0])
     for i in range(size):
-        low, high = min(low, _order(weights[block, i])), max(high, _order(weights[block, i]))
-    return _value(low), _value(high)
+        low, high = min(low, order_of(weights[block, i])), max(high, order_of(weights[block, i]))
+    return value_of(low), value_of(high)
 
 
 @kernel
@@ -116,31 +117,43 @@ def place_searched(weights, size, scales, offsets, with_offset, levels, widths, 
 
 
 @kernel
-def _formula(weights, block, size, lowest_level, top, with_offset):
-    """Divisor and base of one block of a type with a formula."""
+def divisor_of(weights, block, low, high, lowest_level, top, with_offset):
+    """Divisor and base of one block of a type with a formula, its ends being known."""
     if with_offset:
-        low, high = ends(weights, block, size)
         return (high - low) / top, low
-    largest = weights[block, _first_largest(weights, block, size)]
-    return abs(largest) / np.float32(127) if top == np.float32(255) else largest / lowest_level, ZERO
+    largest = high if high > -low else low
+    if high == -low:
+        # Of several largest magnitudes the first gives the scale its sign.
+        largest = weights[block, _first_largest(weights, block, weights.shape[1])]
+    return abs(largest) / np.float32(127) if top == _TOP_OF_8_BITS else largest / lowest_level, ZERO
+
+
+@kernel
+def code_of(weight, inverse, base, top, with_offset):
+    """The code that a type with a formula stores for a weight, float32."""
+    if top == _TOP_OF_8_BITS:
+        # Halves away from zero, as roundf does.
+        scaled = weight * inverse
+        distance = abs(scaled)
+        whole = np.float32(np.int32(distance))
+        whole = whole + ONE if distance - whole >= _HALF else whole
+        return (-whole if scaled < ZERO else whole) + np.float32(128)
+    middle = _HALF if with_offset else np.float32((top + ONE) * _HALF + _HALF)
+    value = (weight - base) * inverse + middle
+    return value if value < top else top
+
+
+@kernel
+def _formula(weights, block, size, lowest_level, top, with_offset):
+    low, high = ends(weights, block, size)
+    return divisor_of(weights, block, low, high, lowest_level, top, with_offset)
 
 
 @kernel
 def _encode(weights, block, size, divisor, base, top, with_offset, codes):
     inverse = ONE / divisor if divisor != ZERO else ZERO
-    middle = np.float32(0.5) if with_offset else np.float32((top + ONE) / np.float32(2) + np.float32(0.5))
-    if top == np.float32(255):
-        for i in range(size):
-            scaled = weights[block, i] * inverse
-            # Halves away from zero, as roundf does.
-            distance = abs(scaled)
-            whole = np.float32(np.int32(distance))
-            whole = whole + ONE if distance - whole >= np.float32(0.5) else whole
-            codes[block, i] = np.int32(-whole if scaled < ZERO else whole) + np.int32(128)
-    else:
-        for i in range(size):
-            value = (weights[block, i] - base) * inverse + middle
-            codes[block, i] = np.int32(value if value < top else top)
+    for i in range(size):
+        codes[block, i] = np.int32(code_of(weights[block, i], inverse, base, top, with_offset))
 
 
 @kernel

@@ -11,6 +11,7 @@ from qcbguard_plugins.backends.gguf.twin.arithmetic import (
     RAISED_IMPORTANCE,
     TINY,
     ZERO,
+    at,
     clamp,
     find_largest,
     load_lanes,
@@ -21,8 +22,9 @@ from qcbguard_plugins.backends.gguf.twin.arithmetic import (
 from qcbguard_plugins.kernels.compiler import kernel
 from qcbguard_plugins.kernels.half import to_half
 
-# Rows of the state of a search, one column a lane.
-_LARGEST, _MAGNITUDE, _INVERSE, _SUM_LX, _SUM_L2, _SCALE, _BEST, _BEST_INVERSE, _SUM_W = range(9)
+# Where the rows of the state of a search begin, one entry a lane. They lie in one array, as those of the weights do, so
+# that the compiler knows that they do not overlap.
+_LARGEST, _MAGNITUDE, _INVERSE, _SUM_LX, _SUM_L2, _SCALE, _BEST, _BEST_INVERSE, _SUM_W = range(0, 9 * LANES, LANES)
 _NUM_STATES = 9
 
 
@@ -30,88 +32,88 @@ _NUM_STATES = 9
 def _sum(x, w, state, size, half):
     """The sums that give the best scale for the codes of one divisor."""
     for v in range(LANES):
-        state[_SUM_LX, v] = ZERO
-        state[_SUM_L2, v] = ZERO
+        state[_SUM_LX + v] = ZERO
+        state[_SUM_L2 + v] = ZERO
     for start in range(0, size, BATCH):
         for v in range(LANES):
-            inverse, sum_lx, sum_l2 = state[_INVERSE, v], state[_SUM_LX, v], state[_SUM_L2, v]
+            inverse, sum_lx, sum_l2 = state[_INVERSE + v], state[_SUM_LX + v], state[_SUM_L2 + v]
             for k in range(BATCH):
-                value, weight = x[start + k, v], w[start + k, v]
+                value, weight = x[at(start + k, v)], w[at(start + k, v)]
                 level = clamp(nearest_int(inverse * value), np.int32(-half), np.int32(half - 1))
                 code = np.float32(level)
                 sum_lx += (weight * value) * code
                 sum_l2 += (weight * code) * code
-            state[_SUM_LX, v] = sum_lx
-            state[_SUM_L2, v] = sum_l2
+            state[_SUM_LX + v] = sum_lx
+            state[_SUM_L2 + v] = sum_l2
 
 
 @kernel
 def _search(x, w, state, size, half):
     """Find the scale of each lane: the best of nineteen divisors."""
-    find_largest(x, size, state[_LARGEST], state[_MAGNITUDE])
+    find_largest(x, size, state[_LARGEST:], state[_MAGNITUDE:])
     limit = np.float32(half)
     for v in range(LANES):
-        state[_INVERSE, v] = -limit / state[_LARGEST, v]
+        state[_INVERSE + v] = -limit / state[_LARGEST + v]
     _sum(x, w, state, size, half)
     for v in range(LANES):
-        scale = state[_SUM_LX, v] / state[_SUM_L2, v] if state[_SUM_L2, v] != ZERO else ZERO
-        state[_SCALE, v] = scale
-        state[_BEST, v] = scale * state[_SUM_LX, v]
-        state[_BEST_INVERSE, v] = state[_INVERSE, v]
+        scale = state[_SUM_LX + v] / state[_SUM_L2 + v] if state[_SUM_L2 + v] != ZERO else ZERO
+        state[_SCALE + v] = scale
+        state[_BEST + v] = scale * state[_SUM_LX + v]
+        state[_BEST_INVERSE + v] = state[_INVERSE + v]
     for step in range(-9, 10):
         if step == 0:
             continue
         numerator = -(limit + np.float32(0.1) * np.float32(step))
         for v in range(LANES):
-            state[_INVERSE, v] = numerator / state[_LARGEST, v]
+            state[_INVERSE + v] = numerator / state[_LARGEST + v]
         _sum(x, w, state, size, half)
         for v in range(LANES):
-            sum_lx, sum_l2, best = state[_SUM_LX, v], state[_SUM_L2, v], state[_BEST, v]
+            sum_lx, sum_l2, best = state[_SUM_LX + v], state[_SUM_L2 + v], state[_BEST + v]
             better = (sum_l2 > ZERO) & (sum_lx * sum_lx > best * sum_l2)
             scale = sum_lx / sum_l2
-            state[_SCALE, v] = scale if better else state[_SCALE, v]
-            state[_BEST, v] = scale * sum_lx if better else best
-            state[_BEST_INVERSE, v] = state[_INVERSE, v] if better else state[_BEST_INVERSE, v]
+            state[_SCALE + v] = scale if better else state[_SCALE + v]
+            state[_BEST + v] = scale * sum_lx if better else best
+            state[_BEST_INVERSE + v] = state[_INVERSE + v] if better else state[_BEST_INVERSE + v]
     for v in range(LANES):
-        state[_SCALE, v] = ZERO if state[_MAGNITUDE, v] < TINY else state[_SCALE, v]
+        state[_SCALE + v] = ZERO if state[_MAGNITUDE + v] < TINY else state[_SCALE + v]
 
 
 @kernel
 def _refine(x, w, levels, state, size, half):
     """Q3_K's own search: change one code after the other while that makes the best scale fit better."""
-    find_largest(x, size, state[_LARGEST], state[_MAGNITUDE])
+    find_largest(x, size, state[_LARGEST:], state[_MAGNITUDE:])
     for v in range(LANES):
-        state[_INVERSE, v] = -np.float32(half) / state[_LARGEST, v]
-        state[_SUM_LX, v] = ZERO
-        state[_SUM_L2, v] = ZERO
+        state[_INVERSE + v] = -np.float32(half) / state[_LARGEST + v]
+        state[_SUM_LX + v] = ZERO
+        state[_SUM_L2 + v] = ZERO
     for i in range(size):
         for v in range(LANES):
-            level = clamp(nearest_int(state[_INVERSE, v] * x[i, v]), np.int32(-half), np.int32(half - 1))
+            level = clamp(nearest_int(state[_INVERSE + v] * x[at(i, v)]), np.int32(-half), np.int32(half - 1))
             code = np.float32(level)
-            levels[i, v] = code
-            state[_SUM_LX, v] += (w[i, v] * x[i, v]) * code
-            state[_SUM_L2, v] += (w[i, v] * code) * code
+            levels[at(i, v)] = code
+            state[_SUM_LX + v] += (w[at(i, v)] * x[at(i, v)]) * code
+            state[_SUM_L2 + v] += (w[at(i, v)] * code) * code
     for _ in range(5):
         # A lane in which no code changed stays as it is, so all may go on until the last has come to rest.
         num_changed = np.int32(0)
         for i in range(size):
             for v in range(LANES):
-                value, weight, code = x[i, v], w[i, v], levels[i, v]
-                old_lx, old_l2 = state[_SUM_LX, v], state[_SUM_L2, v]
+                value, weight, code = x[at(i, v)], w[at(i, v)], levels[at(i, v)]
+                old_lx, old_l2 = state[_SUM_LX + v], state[_SUM_L2 + v]
                 lx, l2 = old_lx - (weight * value) * code, old_l2 - (weight * code) * code
                 new = np.float32(clamp(nearest_int((value * l2) / lx), np.int32(-half), np.int32(half - 1)))
                 new_lx, new_l2 = lx + (weight * value) * new, l2 + (weight * new) * new
                 better = (lx > ZERO) & (new != code) & (new_l2 > ZERO)
                 better &= (new_lx * new_lx) * old_l2 > (old_lx * old_lx) * new_l2
-                levels[i, v] = new if better else code
-                state[_SUM_LX, v] = new_lx if better else old_lx
-                state[_SUM_L2, v] = new_l2 if better else old_l2
+                levels[at(i, v)] = new if better else code
+                state[_SUM_LX + v] = new_lx if better else old_lx
+                state[_SUM_L2 + v] = new_l2 if better else old_l2
                 num_changed += np.int32(better)
         if num_changed == 0:
             break
     for v in range(LANES):
-        scale = state[_SUM_LX, v] / state[_SUM_L2, v] if state[_SUM_L2, v] > ZERO else ZERO
-        state[_SCALE, v] = ZERO if state[_MAGNITUDE, v] < TINY else scale
+        scale = state[_SUM_LX + v] / state[_SUM_L2 + v] if state[_SUM_L2 + v] > ZERO else ZERO
+        state[_SCALE + v] = ZERO if state[_MAGNITUDE + v] < TINY else scale
 
 
 @kernel
@@ -166,9 +168,9 @@ def _quantize_scales_by_largest(values, half, levels):
 
 
 @kernel
-def _round(weights, start, size, step, half, codes):
-    for i in range(start, start + size):
-        level = clamp(nearest_int(weights[i] / step), np.int32(-half), np.int32(half - 1))
+def _round(weights, steps, half, codes):
+    for i in range(len(weights)):
+        level = clamp(nearest_int(weights[i] / steps[i]), np.int32(-half), np.int32(half - 1))
         codes[i] = np.int32(level + np.int32(half))
 
 
@@ -188,10 +190,10 @@ def quantize_super_blocks(weights, importance, unit, kind, half, scale_half, ref
         scales: float32, one a sub-block, the outcome.
     """
     size, per_super = 16, 16
-    x, w = np.empty((size, LANES), np.float32), np.empty((size, LANES), np.float32)
-    kept = np.empty((size, LANES), np.float32)
-    state = np.empty((_NUM_STATES, LANES), np.float32)
-    levels = np.empty(per_super, np.int32)
+    x, w = np.empty(size * LANES, np.float32), np.empty(size * LANES, np.float32)
+    kept = np.empty(size * LANES, np.float32)
+    state = np.empty(_NUM_STATES * LANES, np.float32)
+    levels, each_step = np.empty(per_super, np.int32), np.empty(256, np.float32)
     means = mean_squares(weights, unit, np.float32(2)) if len(importance) else np.zeros(1, np.float32)
     for first in range(0, len(weights) // size, LANES):
         count = load_lanes(weights, first, size, x)
@@ -201,14 +203,14 @@ def quantize_super_blocks(weights, importance, unit, kind, half, scale_half, ref
         else:
             _search(x, w, state, size, half)
             for v in range(LANES):
-                state[_SUM_W, v] = ZERO
+                state[_SUM_W + v] = ZERO
             for i in range(size):
                 for v in range(LANES):
-                    state[_SUM_W, v] += w[i, v]
+                    state[_SUM_W + v] += w[at(i, v)]
         for block in range(0, count, per_super):
-            found = state[_SCALE, block : block + per_super]
+            found = state[_SCALE + block : _SCALE + block + per_super]
             if len(importance) and scale_half == 32:
-                scale = _quantize_scales(found, state[_SUM_W, block : block + per_super], scale_half, levels)
+                scale = _quantize_scales(found, state[_SUM_W + block : _SUM_W + block + per_super], scale_half, levels)
             else:
                 scale = _quantize_scales_by_largest(found, scale_half, levels)
             emptied = scale_half == 128 and scale == ZERO
@@ -217,35 +219,38 @@ def quantize_super_blocks(weights, importance, unit, kind, half, scale_half, ref
                 v = block + j
                 step = scale * np.float32(levels[j])
                 scales[first + v] = step
-                start = (first + v) * size
-                if step != ZERO:
-                    _round(weights, start, size, step, half, codes)
+                for i in range(j * size, (j + 1) * size):
+                    each_step[i] = step
+            part = slice((first + block) * size, (first + block + per_super) * size)
+            _round(weights[part], each_step, half, codes[part])
+            for v in range(block, block + per_super):
+                if scales[first + v] != ZERO:
                     continue
                 for i in range(size):
-                    if emptied or state[_MAGNITUDE, v] < TINY:
+                    if emptied or state[_MAGNITUDE + v] < TINY:
                         code = np.int32(0)
                     elif refined:
-                        code = np.int32(np.int32(kept[i, v]) + np.int32(half))
+                        code = np.int32(np.int32(kept[at(i, v)]) + np.int32(half))
                     else:
-                        level = nearest_int(state[_BEST_INVERSE, v] * x[i, v])
+                        level = nearest_int(state[_BEST_INVERSE + v] * x[at(i, v)])
                         code = np.int32(clamp(level, np.int32(-half), np.int32(half - 1)) + np.int32(half))
-                    codes[start + i] = code
+                    codes[(first + v) * size + i] = code
 
 
 @kernel
 def quantize_blocks(weights, importance, unit, half, codes, scales):
     """Quantize single blocks of 32 that store their scale as it is, weighed by an importance matrix."""
     size = 32
-    x, w = np.empty((size, LANES), np.float32), np.empty((size, LANES), np.float32)
-    state = np.empty((_NUM_STATES, LANES), np.float32)
+    x, w = np.empty(size * LANES, np.float32), np.empty(size * LANES, np.float32)
+    state = np.empty(_NUM_STATES * LANES, np.float32)
     means = mean_squares(weights, unit, ONE)
     for first in range(0, len(weights) // size, LANES):
         count = load_lanes(weights, first, size, x)
         weigh_lanes(x, size, RAISED_IMPORTANCE, importance, means, unit, first, w)
         _search(x, w, state, size, half)
         for v in range(count):
-            scales[first + v] = to_half(state[_SCALE, v])
+            scales[first + v] = to_half(state[_SCALE + v])
             for i in range(size):
-                level = nearest_int(state[_BEST_INVERSE, v] * x[i, v])
+                level = nearest_int(state[_BEST_INVERSE + v] * x[at(i, v)])
                 level = np.int32(clamp(level, np.int32(-half), np.int32(half - 1)) + np.int32(half))
-                codes[(first + v) * size + i] = level if state[_MAGNITUDE, v] >= TINY else np.int32(0)
+                codes[(first + v) * size + i] = level if state[_MAGNITUDE + v] >= TINY else np.int32(0)
