@@ -52,7 +52,8 @@ PARTS = {
     ),
     "draws": (
         "Draw by draw",
-        "The same model behind five draws of each random guard, and the mean with Student's interval over draws.",
+        "The two models on which the draw of `stochastic` in the main table (the first one here) lands more than two "
+        "points from full precision, behind five draws; and the mean with Student's interval over draws.",
     ),
     "strength": ("Strength", "Each method along its own parameter. Dotted: no defense."),
     "ablation": (

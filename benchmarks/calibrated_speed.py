@@ -1,6 +1,6 @@
 """`feedback` beside GPTQModel on the same model and the same calibration tokens, both in this run.
 
-    python -m benchmarks.calibrated_speed [--model examples/models/clean] [--method 'feedback(sweeps=0)']
+    python -m benchmarks.calibrated_speed [--model examples/models/clean] [--method 'feedback(width=0)']
 
 Run it where GPTQModel is installed: in the environment of `.ci/test-gptq`. Both have the model loaded and the tokens
 ready; what is timed is the guard, and `GPTQModel.quantize`. Divergence is the mean KL from the full-precision model on

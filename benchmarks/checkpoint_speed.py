@@ -78,7 +78,7 @@ def copy(source: Path, target: Path) -> None:
 
 
 def run(arguments: list[str], num_threads: int) -> dict[str, float]:
-    """Wall seconds of a process, and the highest memory of it or of one of its children, in bytes."""
+    """Wall and processor seconds of a process and its children, and the highest memory of one of them, in bytes."""
     start = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, "-c", _WITH_PEAK, *arguments],
@@ -89,14 +89,16 @@ def run(arguments: list[str], num_threads: int) -> dict[str, float]:
     output, _ = process.communicate()
     if process.returncode:
         raise SystemExit(f"{' '.join(arguments)} ended with {process.returncode}")
-    return {"elapsed_s": time.perf_counter() - start, "peak_bytes": 1024 * int(output.splitlines()[-1])}
+    cpu_s, peak = output.splitlines()[-1].split()
+    return {"elapsed_s": time.perf_counter() - start, "cpu_s": float(cpu_s), "peak_bytes": 1024 * int(peak)}
 
 
-# The highest resident memory among a process and all that it waited for, which its parent could not tell from others.
+# What a process and all that it waited for took, which its parent could not tell from others.
 _WITH_PEAK = (
     "import resource, subprocess, sys\n"
     "code = subprocess.run([sys.executable, *sys.argv[1:]], stdout=subprocess.DEVNULL).returncode\n"
-    "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)\n"
+    "used = resource.getrusage(resource.RUSAGE_CHILDREN)\n"
+    "print(used.ru_utime + used.ru_stime, used.ru_maxrss)\n"
     "sys.exit(code)\n"
 )
 
@@ -134,6 +136,7 @@ def main() -> None:
     two_threads, copied = seconds["one process, two threads"], seconds["plain copy"]
     report = {
         "machine": f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}",
+        "load": os.getloadavg()[1],
         "gigabytes": arguments.gigabytes,
         "format": arguments.format,
         "method": arguments.method,

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -58,15 +59,11 @@ def blocks_digest(stored: StoredBlocks, num_rows: int) -> str:
 def row_digests(stored: StoredBlocks, num_rows: int) -> list[bytes]:
     """SHA-256 of each row of a GGUF tensor."""
     # Adding zero turns -0.0 into 0.0: both stand for the same value.
-    parts = [stored.codes.cpu(), stored.scale.cpu() + 0.0, stored.offset.cpu() + 0.0]
-    rows = [part.contiguous().view(torch.uint8).view(num_rows, -1).numpy() for part in parts]
-    digests = []
-    for codes, scales, offsets in zip(*rows, strict=True):
-        digest = hashlib.sha256(codes)
-        digest.update(scales)
-        digest.update(offsets)
-        digests.append(digest.digest())
-    return digests
+    parts = (stored.codes, stored.scale + 0.0, stored.offset + 0.0)
+    rows = np.concatenate(
+        [part.cpu().contiguous().view(torch.uint8).view(num_rows, -1).numpy() for part in parts], axis=1
+    )
+    return [hashlib.sha256(row).digest() for row in rows]
 
 
 def digest_of_rows(digests: Iterable[bytes]) -> str:

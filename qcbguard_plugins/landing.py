@@ -29,8 +29,6 @@ from qcbguard_plugins.threads import map_over_threads
 # Rows are worked on in runs of about this many weights, which stay in a processor's cache. Each has random draws of its
 # own, and rows do not depend on each other, so any thread may take any run.
 _WEIGHTS_PER_RUN = 1 << 17
-# One compiled pass takes less, so that its buffers come from the heap and not from the system each time.
-_WEIGHTS_PER_PASS = 1 << 15
 # What landing keeps of its choices is held for this many weights at a time.
 _WEIGHTS_PER_SEGMENT = 1 << 23
 _MAX_ROUNDS = 4
@@ -175,7 +173,7 @@ class _Job:
                 digests, done.num_landed, done.num_moved, done.num_frozen, done.energy, done.lost_energy, done.change
             )
 
-        return map_over_threads(guard, _slices(0, rows, columns, _WEIGHTS_PER_PASS))
+        return map_over_threads(guard, _slices(0, rows, columns, _WEIGHTS_PER_RUN))
 
     def carry_out(self, choose: _Choose) -> list[_Outcome]:
         """Choose, land and count, some rows after the other."""

@@ -28,7 +28,7 @@ from qcbguard_plugins.report.model import Record, TensorRecord
 
 _REQUEST_FILE: Final = "request.json"
 _LOCK_FILE: Final = "lock"
-_BYTES_PER_COPY: Final = 1 << 24
+_BYTES_PER_COPY: Final = 1 << 20
 _BYTES_PER_HASH: Final = 1 << 20
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -37,8 +37,6 @@ _COLUMNS_PER_BATCH = 128
 _DAMPING_ATTEMPTS = 4
 # Rows on which widths are tried. They are drawn at random: an attacker who knew them could prepare them.
 _TRIAL_ROWS = 64
-# A change along plain rounding's error costs as much as if it were an input with this share of the energy of all.
-_HELD_SHARE = 0.03
 
 
 @register_defense("feedback", "random rounding with error feedback, needs a forward pass (default)")
@@ -50,17 +48,13 @@ class Feedback(Defense):
     ``clip(1/2 + (position - 1/2) / (2 * width), 0, 1)`` of rounding up. The error is compensated in the later columns
     through the inverse Hessian of the layer's inputs, which minimises the change of the layer's output. At ``width``
     1/2 rounding is unbiased; at 0 it is plain rounding with feedback. Columns with the largest inputs come first. Rows
-    do not depend on each other, so each keeps the draw that changes its output least. The feedback goes by once and
-    cannot know the errors to come: where evidence allows a narrow dither, single weights then step to a neighbouring
-    level if that brings the output nearer. At full width the draws stand as they are.
+    do not depend on each other, so each keeps the draw that changes its output least.
 
     Attributes:
         width: Half-width of the dither in steps, in [0, 0.5]; ``"auto"`` settles it for each tensor, see
             :mod:`qcbguard_plugins.defenses.width`: 1/2 where the weight tests saw an attack, or nobody looked.
         draws: Number of draws for each row, at least 1. More take more time and stay nearer to full precision; where
             the inputs do not reach, the choice among them is blind, and rounding stays unbiased.
-        sweeps: How often all columns are gone through for single steps, at least 0; only where ``"auto"`` settles on
-            less than the full width.
         damp_percent: Damping of the Hessian, as a share of its mean diagonal, in (0, 1].
 
     References:
@@ -72,7 +66,6 @@ class Feedback(Defense):
 
     width: float | str = AUTO
     draws: int = 4
-    sweeps: int = 4
     damp_percent: float = 0.1
 
     def __post_init__(self) -> None:
@@ -81,7 +74,6 @@ class Feedback(Defense):
         if not isinstance(self.width, str):
             require_range(self.width, 0.0, 0.5, "feedback: width")
         require_whole(self.draws, 1, "feedback: draws")
-        require_whole(self.sweeps, 0, "feedback: sweeps")
         require_range(self.damp_percent, 1e-8, 1.0, "feedback: damp_percent")
 
     @property
@@ -90,10 +82,7 @@ class Feedback(Defense):
 
     def operations(self, shape: tuple[int, int], num_sequences: int, sequence_length: int) -> float:
         rows, columns = shape
-        return (
-            hessian_operations(columns, num_sequences * sequence_length)
-            + (self.draws * 4.0 + self.sweeps * 2.0) * rows * columns**2
-        )
+        return hessian_operations(columns, num_sequences * sequence_length) + self.draws * 4.0 * rows * columns**2
 
     def choose(self, lattice: Lattice, evidence: Evidence) -> Tensor:
         if evidence.hessian is None:
@@ -113,8 +102,6 @@ class Feedback(Defense):
             best = torch.where(better, codes, best) if best is not None else codes
             least = torch.minimum(cost, least) if least is not None else cost
         assert best is not None, "there is at least one draw"
-        if self.width == AUTO and width < WIDTHS[-1]:
-            problem.refine(best, hessian, self.sweeps)
         return lattice.from_matrix(best[:, order.argsort()])
 
     def _settle_width(self, problem: _Problem, hessian: Tensor, evidence: Evidence) -> float:
@@ -186,57 +173,21 @@ class _Problem:
         """Codes of one draw: uint8 ``[out_features, in_features]``."""
         pending = self.weight.clone()
         codes = torch.empty_like(self._nearest)
-        for columns in self._batches():
+        num_columns = pending.shape[1]
+        for start in range(0, num_columns, _COLUMNS_PER_BATCH):
+            columns = slice(start, min(start + _COLUMNS_PER_BATCH, num_columns))
             errors = self._round_batch(columns, pending, codes, thresholds)
             pending[:, columns.stop :] -= errors @ self._factor[columns, columns.stop :]
         return torch.where(self._frozen, self._nearest, codes)
 
-    def refine(self, codes: Tensor, hessian: Tensor, sweeps: int) -> None:
-        """Let each weight in turn step to a neighbouring level where that lowers the error of its row's output.
-
-        A step must do so by the inputs alone, and nothing moves where they do not reach. Nearer outputs also draw codes
-        back to those of plain rounding, and with them an attack: a step is not taken either if its gain is less than
-        what it costs to change the product of the row's error with plain rounding's.
-
-        Args:
-            codes: uint8 ``[out_features, in_features]``, changed in place.
-            hessian: float32 ``[in_features, in_features]``, in the order of the columns. Not damped: damping would
-                bring every weight back to plain rounding wherever the inputs do not reach.
-            sweeps: How often all columns are gone through, at most.
-        """
-        _, plain, step = self.plain_rounding()
-        plain.masked_fill_(step == 0, 0.0)
-        energy = plain.square().sum(dim=1)
-        stiffness = torch.where(energy > 0, _HELD_SHARE * hessian.diagonal().sum() / energy, torch.zeros_like(energy))
-        drift = torch.zeros_like(energy)
-        # Half the derivative of the squared error by each weight.
-        slope = (self.points(codes) - self.weight) @ hessian
-        for _ in range(sweeps):
-            any_moved = False
-            for columns in self._batches():
-                held = (plain[:, columns], stiffness, drift)
-                moves = self._refine_batch(columns, slope, codes, hessian[columns, columns], held)
-                drift += (moves * held[0]).sum(dim=1)
-                if moves.any():
-                    any_moved = True
-                    slope += moves @ hessian[columns]
-            if not any_moved:
-                return
-
-    def _batches(self) -> Iterator[slice]:
-        num_columns = self.weight.shape[1]
-        for start in range(0, num_columns, _COLUMNS_PER_BATCH):
-            yield slice(start, min(start + _COLUMNS_PER_BATCH, num_columns))
-
     def _round_batch(self, columns: slice, pending: Tensor, codes: Tensor, thresholds: Tensor) -> Tensor:
         """Round one batch of columns into ``codes``; return the errors, each over its pivot, for the columns behind."""
-        kernels = _load_kernels() if pending.device.type == "cpu" else None
-        if kernels is not None:
-            done: tuple[Tensor, Tensor] = kernels.round_batch(
+        compiled = _load_kernel() if pending.device.type == "cpu" else None
+        if compiled is not None:
+            codes[:, columns], errors = compiled(
                 pending[:, columns], self._kept[:, columns], self._scale[:, columns], self._frozen[:, columns],
                 thresholds[:, columns], self._factor[columns, columns], self._grid.levels, self._grid.ladder,
             )  # fmt: skip
-            codes[:, columns], errors = done
             return errors
         # Transposed, each column is a contiguous row, and every step below works on one of them.
         weight = pending[:, columns].T.contiguous()
@@ -257,56 +208,15 @@ class _Problem:
         codes[:, columns] = chosen.T
         return errors.T
 
-    def _refine_batch(
-        self, columns: slice, slope: Tensor, codes: Tensor, within: Tensor, held: tuple[Tensor, Tensor, Tensor]
-    ) -> Tensor:
-        """Step in one batch of columns, in ``codes``; return by how much the weights changed.
-
-        Args:
-            columns: The batch.
-            slope: float32 ``[out_features, in_features]``, half the derivative of each row's squared error.
-            codes: uint8 like it.
-            within: float32, the batch's part of the Hessian.
-            held: Plain rounding's errors in the batch, by row what a change along them costs, and the change so far.
-        """
-        kernels = _load_kernels() if slope.device.type == "cpu" else None
-        if kernels is not None:
-            done: tuple[Tensor, Tensor] = kernels.refine_batch(
-                slope[:, columns], codes[:, columns], self._scale[:, columns], self._frozen[:, columns], within,
-                held, self._grid.levels, self._grid.ladder,
-            )  # fmt: skip
-            codes[:, columns], moves = done
-            return moves
-        lowest, top = self._grid.ladder.lowest, self._grid.num_levels - 1
-        scale, frozen = self._scale[:, columns].T.contiguous(), self._frozen[:, columns].T
-        pending = slope[:, columns].T.contiguous()
-        chosen = codes[:, columns].T.contiguous()
-        moves = torch.empty_like(pending)
-        plain, stiffness, drift = held[0].T.contiguous(), held[1], held[2].clone()
-        for i in range(pending.shape[0]):
-            downhill = -(pending[i].sign() * scale[i].sign())
-            target = (chosen[i] + downhill).clamp_(lowest, top)
-            step = (self._grid.level_values(target) - self._grid.level_values(chosen[i])) * scale[i]
-            gain = step * (2 * pending[i] + step * within[i, i])
-            along = step * plain[i]
-            strain = stiffness * (along * (2 * drift + along))
-            take = (gain < 0) & (gain + strain < 0) & ~frozen[i]
-            chosen[i] = torch.where(take, target.to(torch.uint8), chosen[i])
-            moves[i] = step.masked_fill_(~take, 0.0)
-            drift += along.masked_fill_(~take, 0.0)
-            pending[i + 1 :] += within[i, i + 1 :, None] * moves[i]
-        codes[:, columns] = chosen.T
-        return moves.T
-
 
 @lru_cache(maxsize=1)
-def _load_kernels() -> Any:
-    """The column loops, compiled; ``None`` without numba."""
+def _load_kernel() -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """The column loop, compiled; ``None`` without numba."""
     try:
-        from qcbguard_plugins.kernels import feedback
+        from qcbguard_plugins.kernels.feedback import round_batch
     except ImportError:
         return None
-    return feedback
+    return round_batch
 
 
 def inverse_hessian_factor(hessian: Tensor, damp_percent: float) -> tuple[Tensor, float]:

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from qcbguard_plugins.errors import MemoryBudgetError
 from qcbguard_plugins.scan import scan_model
 from tests.conftest import ROOT
+from tests.gguf_files import write_model
 
 _WITH_PEAK = (
     "import resource, subprocess, sys\n"
@@ -36,6 +37,16 @@ def test_a_dry_run_states_the_peak_within_a_fifth(method: str, llama: Path, tmp_
     command = ["-m", "qcbguard_plugins.cli", "guard", str(llama), "--for", "nf4", "--method", method, "--seed", "0"]
     stated = json.loads(run(*command, "--dry-run", "--json", "-").stdout)["peak_bytes"]
     done = run("-c", _WITH_PEAK, *command, "--out", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    assert stated == pytest.approx(int(done.stdout), rel=0.2)
+
+
+def test_a_dry_run_on_a_gguf_file_does_too(tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp")
+    source = write_model(tmp_path / "model.gguf", hidden=1024, ffn=4096, type_name="F16")
+    command = ["-m", "qcbguard_plugins.cli", "gguf", str(source), "--for", "Q4_K_M", "--seed", "0"]
+    stated = json.loads(run(*command, "--dry-run", "--json", "-").stdout)["peak_bytes"]
+    done = run("-c", _WITH_PEAK, *command[:4], str(tmp_path / "out.gguf"), *command[4:])
     assert done.returncode == 0, done.stderr
     assert stated == pytest.approx(int(done.stdout), rel=0.2)
 

@@ -21,15 +21,14 @@ def grid_of(name: str) -> Grid:
     return gguf_grid(name.removeprefix("gguf:")) if name.startswith("gguf:") else get_grid(name)
 
 
-@pytest.mark.parametrize("width", [0.0, 0.5, "auto"])
+@pytest.mark.parametrize("width", [0.0, 0.3, 0.5])
 @pytest.mark.parametrize("name", FORMATS)
-def test_the_loop_has_the_bits_of_torch(name: str, width: float | str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_loop_has_the_bits_of_torch(name: str, width: float, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(5)
     weight = torch.randn(70, 512, generator=generator) * 0.02
     weight[3] = 0
     inputs = torch.randn(600, 512, generator=generator) @ torch.randn(512, 512, generator=generator)
     lattice, hessian = grid_of(name).lattice_of(weight), inputs.T @ inputs
-    compiled = Feedback(width=width).choose(lattice, Evidence(rng_for(0, "w"), hessian, attack_seen=False))
-    monkeypatch.setattr(feedback, "_load_kernels", lambda: None)
-    plain = Feedback(width=width).choose(lattice, Evidence(rng_for(0, "w"), hessian, attack_seen=False))
-    assert torch.equal(compiled, plain)
+    compiled = Feedback(width=width).choose(lattice, Evidence(rng_for(0, "w"), hessian))
+    monkeypatch.setattr(feedback, "_load_kernel", lambda: None)
+    assert torch.equal(compiled, Feedback(width=width).choose(lattice, Evidence(rng_for(0, "w"), hessian)))

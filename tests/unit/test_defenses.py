@@ -171,55 +171,6 @@ def test_more_draws_stay_nearer_to_the_layers_output() -> None:
     assert errors[0] > errors[1] > errors[2]
 
 
-class TestSteps:
-    """Single weights step to a neighbouring level after the draws, where nothing speaks for an attack."""
-
-    def codes(self, lattice: Lattice, hessian: Tensor, attack_seen: bool = False, **settings: object) -> Tensor:
-        return Feedback(**settings).choose(lattice, Evidence(rng_for(0, "w"), hessian, attack_seen))
-
-    @pytest.mark.parametrize("name", ["nf4", "gptq-w4g32", "int8"])
-    def test_more_sweeps_stay_nearer_to_the_layers_output(self, name: str) -> None:
-        lattice, hessian = lattice_of(name), inputs().T @ inputs()
-        errors = [output_error(lattice, self.codes(lattice, hessian, sweeps=sweeps)) for sweeps in (0, 1, 4)]
-        assert errors[0] > errors[1] > errors[2]
-
-    @pytest.mark.parametrize("settings", [{}, {"width": 0.5}, {"width": 0.25}], ids=["attack seen", "full", "fixed"])
-    def test_nothing_steps_at_full_width_or_at_one_that_was_asked_for(self, settings: dict[str, float]) -> None:
-        lattice, hessian = lattice_of("nf4"), inputs().T @ inputs()
-        seen = not settings
-        with_sweeps = self.codes(lattice, hessian, seen, **settings)
-        assert torch.equal(with_sweeps, self.codes(lattice, hessian, seen, sweeps=0, **settings))
-
-    def test_nothing_steps_where_the_inputs_do_not_reach(self) -> None:
-        lattice = lattice_of("nf4")
-        reached = inputs()
-        reached[:, ::2] = 0
-        hessian = reached.T @ reached
-        before, after = (lattice.matrix(self.codes(lattice, hessian, sweeps=sweeps)) for sweeps in (0, 4))
-        assert torch.equal(before[:, ::2], after[:, ::2])
-        assert not torch.equal(before, after)
-
-    def test_nothing_steps_where_the_inputs_hardly_reach(self) -> None:
-        """Without correlations the nearer output of such a column is plain rounding, and that is an attacker's."""
-        lattice = lattice_of("nf4")
-        energies = torch.ones(SHAPE[1])
-        energies[::2] = 1e-3
-        before, after = (lattice.matrix(self.codes(lattice, energies.diag(), sweeps=sweeps)) for sweeps in (0, 4))
-        stepped = (before != after).float()
-        assert stepped[:, ::2].mean() < 0.01
-
-    def test_the_share_of_plain_roundings_error_stays(self) -> None:
-        lattice, hessian = lattice_of("nf4"), inputs().T @ inputs()
-        plain = lattice.dequantize(lattice.nearest) - lattice.blocks
-
-        def share(sweeps: int) -> float:
-            points = lattice.dequantize(self.codes(lattice, hessian, sweeps=sweeps))
-            error = torch.where(lattice.frozen, 0.0, points - lattice.blocks)
-            return float((error * plain).sum() / plain.square().sum())
-
-        assert abs(share(4) - share(0)) < 0.03
-
-
 def test_draws_stay_unbiased_where_the_inputs_do_not_reach() -> None:
     """The choice among draws sees only directions that the inputs excite; along another the mean error is zero."""
     lattice = lattice_of("nf4")

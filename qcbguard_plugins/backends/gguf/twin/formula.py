@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from qcbguard_plugins.backends.gguf.twin.arithmetic import ONE, ZERO
-from qcbguard_plugins.backends.gguf.twin.places import code_of, divisor_of, order_of, value_of
+from qcbguard_plugins.backends.gguf.twin.places import TOP_OF_8_BITS, code_of, divisor_of, order_of, value_of
 from qcbguard_plugins.draws import GROUP
 from qcbguard_plugins.kernels.compiler import kernel, statistic
 from qcbguard_plugins.kernels.half import to_bfloat16, to_half
@@ -59,6 +59,7 @@ def guard_run(
     draws = np.empty(_BLOCKS_PER_CHUNK * SIZE + GROUP, np.float32)
     lows, highs = np.empty(_BLOCKS_PER_CHUNK, np.int32), np.empty(_BLOCKS_PER_CHUNK, np.int32)
     wanted_scales, wanted_offsets = np.empty(_BLOCKS_PER_CHUNK, np.float32), np.empty(_BLOCKS_PER_CHUNK, np.float32)
+    divisors, bases = np.empty(_BLOCKS_PER_CHUNK, np.float32), np.empty(_BLOCKS_PER_CHUNK, np.float32)
     wanted = np.empty((_BLOCKS_PER_CHUNK, SIZE), np.uint8)
     flat, flat_guarded = weights.reshape(-1), guarded.reshape(-1)
     for first in range(0, num_blocks, _BLOCKS_PER_CHUNK):
@@ -67,10 +68,12 @@ def guard_run(
         fill_groups(keys, group, draws[: -(-(skipped + count * SIZE) // GROUP) * GROUP])
         if not _find_ends(weights, first, count, lows, highs):
             return False
+        _find_scales(
+            weights, first, count, lows, highs, lowest_level, top, with_offset, divisors, bases, wanted_scales,
+            wanted_offsets,
+        )  # fmt: skip
         for i in range(count):
-            block, low, high = first + i, value_of(lows[i]), value_of(highs[i])
-            divisor, base = divisor_of(weights, block, low, high, lowest_level, top, with_offset)
-            wanted_scales[i], wanted_offsets[i] = to_half(divisor), to_half(base)
+            block, low, high, divisor, base = first + i, value_of(lows[i]), value_of(highs[i]), divisors[i], bases[i]
             if not with_offset:
                 high = high if high > -low else -low
                 low = -high
@@ -83,12 +86,14 @@ def guard_run(
         part = slice(first * SIZE, (first + count) * SIZE)
         _store(flat_guarded[part], dtype)
         _find_ends(guarded, first, count, lows, highs)
+        _find_scales(
+            guarded, first, count, lows, highs, lowest_level, top, with_offset, divisors, bases,
+            scales[first : first + count], offsets[first : first + count],
+        )  # fmt: skip
         for i in range(count):
-            block, low, high = first + i, value_of(lows[i]), value_of(highs[i])
-            divisor, base = divisor_of(guarded, block, low, high, lowest_level, top, with_offset)
-            scales[block], offsets[block] = to_half(divisor), to_half(base)
+            block = first + i
             counts[2] += _encode(
-                guarded, block, divisor, base, scales[block], offsets[block], wanted, i, wanted_scales[i],
+                guarded, block, divisors[i], bases[i], scales[block], offsets[block], wanted, i, wanted_scales[i],
                 wanted_offsets[i], lowest_level, top, with_offset, codes,
             )  # fmt: skip
             if wanted_scales[i] == ZERO:
@@ -122,6 +127,30 @@ def _find_ends(weights, first, count, lows, highs):
     for i in range(count):
         lowest, highest = min(lowest, lows[i]), max(highest, highs[i])
     return lowest > _BELOW and highest < _ABOVE
+
+
+@kernel
+def _find_scales(weights, first, count, lows, highs, lowest_level, top, with_offset, divisors, bases, scales, offsets):
+    """What the weights of each block are divided by and begin at, and both as float16 keeps them."""
+    num_tied = np.int32(0)
+    if with_offset:
+        for i in range(count):
+            divisors[i] = (value_of(highs[i]) - value_of(lows[i])) / top
+            bases[i] = value_of(lows[i])
+            offsets[i] = to_half(bases[i])
+    else:
+        for i in range(count):
+            low, high = value_of(lows[i]), value_of(highs[i])
+            largest = high if high > -low else low
+            divisors[i] = abs(largest) / np.float32(127) if top == TOP_OF_8_BITS else largest / lowest_level
+            bases[i], offsets[i] = ZERO, ZERO
+            num_tied += np.int32(high == -low)
+    if num_tied:
+        for i in range(count):
+            low, high = value_of(lows[i]), value_of(highs[i])
+            divisors[i], bases[i] = divisor_of(weights, first + i, low, high, lowest_level, top, with_offset)
+    for i in range(count):
+        scales[i] = to_half(divisors[i])
 
 
 @kernel

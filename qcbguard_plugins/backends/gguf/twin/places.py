@@ -9,7 +9,7 @@ from qcbguard_plugins.kernels.compiler import kernel
 from qcbguard_plugins.kernels.half import to_half
 
 _ALL_BUT_SIGN = np.int32(0x7FFFFFFF)
-_TOP_OF_8_BITS, _HALF = np.float32(255), np.float32(0.5)
+TOP_OF_8_BITS, _HALF = np.float32(255), np.float32(0.5)
 
 
 @kernel
@@ -125,13 +125,13 @@ def divisor_of(weights, block, low, high, lowest_level, top, with_offset):
     if high == -low:
         # Of several largest magnitudes the first gives the scale its sign.
         largest = weights[block, _first_largest(weights, block, weights.shape[1])]
-    return abs(largest) / np.float32(127) if top == _TOP_OF_8_BITS else largest / lowest_level, ZERO
+    return abs(largest) / np.float32(127) if top == TOP_OF_8_BITS else largest / lowest_level, ZERO
 
 
 @kernel
 def code_of(weight, inverse, base, top, with_offset):
     """The code that a type with a formula stores for a weight, float32."""
-    if top == _TOP_OF_8_BITS:
+    if top == TOP_OF_8_BITS:
         # Halves away from zero, as roundf does.
         scaled = weight * inverse
         distance = abs(scaled)
