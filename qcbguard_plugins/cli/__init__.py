@@ -6,6 +6,7 @@ Results go to standard output, everything else to standard error. Exit codes: 0 
 
 from __future__ import annotations
 
+import gc
 import sys
 import traceback
 
@@ -74,4 +75,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run() -> None:
     """Entry point of the ``qcbguard`` script."""
-    sys.exit(main())
+    # torch and transformers make a million objects that stay. To look through them for cycles takes a second while
+    # they are imported, by the usual threshold, and another when the interpreter ends.
+    gc.set_threshold(50_000)
+    exit_code = main()
+    gc.freeze()
+    sys.exit(exit_code)

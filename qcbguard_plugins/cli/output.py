@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 from pydantic import BaseModel
@@ -16,7 +16,9 @@ from rich.console import Console
 from tqdm import tqdm
 
 from qcbguard_plugins.errors import TargetExistsError, UsageError
-from qcbguard_plugins.model import Progress
+
+if TYPE_CHECKING:
+    from qcbguard_plugins.model import Progress
 
 json_option = click.option(
     "--json",

@@ -51,9 +51,10 @@ def test_settings_in_the_folder_do_not_steer_the_guard(folder: Path, tmp_path: P
     assert json.loads((tmp_path / "guarded" / "qcbguard.json").read_text())["method"] == "stochastic"
 
 
-def test_importing_the_package_starts_nothing_heavy() -> None:
+@pytest.mark.parametrize("module", ["qcbguard_plugins", "qcbguard_plugins.cli"])
+def test_importing_the_package_starts_nothing_heavy(module: str) -> None:
     code = (
-        "import sys, qcbguard_plugins; "
+        f"import sys, {module}; "
         "heavy = {'torch', 'transformers', 'bitsandbytes', 'numpy'} & set(sys.modules); "
         "sys.exit(', '.join(heavy) or 0)"
     )
