@@ -118,7 +118,7 @@ def checkpoint_rows(result: dict[str, Any]) -> Rows:
     largest, peak = result["largest_tensor_bytes"], result["jobs"]["one process, one thread"]["peak_bytes"]
     room = 2 * largest + 500e6
     return [
-        row("guard, two threads, over a plain copy", (both, copy), both / copy, 2),
+        row(f"guard, {result['gigabytes']:g} GB, two threads, over a plain copy", (both, copy), both / copy, 2),
         row("the same less the start", (both - start, copy), (both - start) / copy, None),
         row("one process over two, one thread each", (one, two), one / two, 1.8, at_most=False),
         row("the same, each less its start", (own, own_of_two), own / own_of_two, None),
@@ -208,7 +208,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--llama-quantize", type=Path, default=LLAMA_QUANTIZE if LLAMA_QUANTIZE.exists() else None)
     parser.add_argument("--gptq-python", type=Path, help="the interpreter of an environment with GPTQModel")
-    parser.add_argument("--gigabytes", type=float, default=2.0)
+    parser.add_argument("--gigabytes", type=float, default=8.0, help="of the checkpoint; three times that on the disk")
     parser.add_argument("--parts", default=",".join(SECTIONS), help="with commas")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "performance.json")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "performance.md")
