@@ -35,7 +35,8 @@ def test_more_processes_shall_be_faster() -> None:
         "one process, two threads": 5.0, "two processes, one thread each": 6.0,
     }  # fmt: skip
     jobs = {job: {"elapsed_s": elapsed_s, "peak_bytes": 6e8} for job, elapsed_s in seconds.items()}
-    text = page({"checkpoint": {"machine": "", "commit": "", "jobs": jobs, "largest_tensor_bytes": 1e8}})
+    result = {"machine": "", "commit": "", "gigabytes": 2.0, "jobs": jobs, "largest_tensor_bytes": 1e8}
+    text = page({"checkpoint": result})
     assert "| one process over two, one thread each | 10.00 s / 6.00 s | 1.67 | at least 1.8 | missed |" in text
     assert "| the same, each less its start | 9.00 s / 4.50 s | 2.00 |  |  |" in text
     assert "500 MB, 600 MB / 700 MB |  | 0.86 | at most 1 | met |" in text
