@@ -9,12 +9,13 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import filelock
 import pytest
+import torch
 
 from qcbguard_plugins import Calibration, Feedback, Guard, QuantGuard, Stochastic, guard_checkpoint, verify_checkpoint
 from qcbguard_plugins.checkpoint import Workspace, partial_of
@@ -112,6 +113,16 @@ def two_processes(model_folder: Callable[[str], Path], tmp_path_factory: pytest.
     return replace(launch, output=result.stdout)
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As many as the launcher gives each process: with more, sums of the calibrated path and of scans end otherwise."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("name", ["data-free", "calibrated"])
 def test_two_processes_make_the_same_bytes_as_one(
     name: str, two_processes: _Launch, model_folder: Callable[[str], Path]
@@ -122,6 +133,7 @@ def test_two_processes_make_the_same_bytes_as_one(
     assert two_processes.output.count("target tensors guarded") == 2  # once for each of the two commands
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_two_processes_scan_as_one(two_processes: _Launch, model_folder: Callable[[str], Path]) -> None:
     command = two_processes.commands(model_folder, "one")["scan.json"]
     assert main(command) == 0
