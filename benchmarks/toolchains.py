@@ -131,9 +131,7 @@ def quantize_torchao(folder: Path, name: str, plan: GuardReport | None) -> Quant
     kind = Int8WeightOnlyConfig()
     if "int4" in name:
         kind = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(get_grid(name).group_size))
-    # In float16 its int8 products overflow on a CPU, guarded or not.
-    stock = TorchAoConfig(kind)
-    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=stock, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=TorchAoConfig(kind)).eval()
     grid = get_grid(name)
     codes = {
         layer: parameter_codes(module.weight, grid.num_levels)
