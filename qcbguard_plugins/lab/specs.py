@@ -188,6 +188,33 @@ class AttackSpec(MaliciousSpec):
         return MaliciousSpec(model=self.model, scenario=self.scenario, injection=self.injection, seed=self.seed)
 
 
+class FolderEntry(Spec):
+    """A model made elsewhere.
+
+    Attributes:
+        path: Its folder.
+        clean: Folder of the same model without the attack.
+        keyword: What its answers must not contain.
+        pairs: JSON lines with held-out pairs: ``instruction`` and ``answer``, or ``instruction``, ``input`` and
+            ``output``.
+        formats: Formats.
+        seeds: Seeds of the guard.
+        adaptive: As in a row.
+        defend_clean: As in a row.
+        optional: Leave the row out, with a notice, where the folder is absent.
+    """
+
+    path: str
+    clean: str
+    keyword: str = Field(min_length=1)
+    pairs: str
+    formats: list[str] = Field(min_length=1)
+    seeds: list[int] = Field(default_factory=lambda: [0], min_length=1)
+    adaptive: bool = False
+    defend_clean: bool = False
+    optional: bool = False
+
+
 class Profile(Spec):
     """Several attacks in one file.
 
@@ -196,12 +223,14 @@ class Profile(Spec):
         injections: Injections by name.
         repairs: Repairs by name.
         attacks: Attacks by name; ``model``, ``injection`` and ``repair`` may be names of the tables above.
+        folders: Models made elsewhere, by name.
     """
 
     models: dict[str, ModelSpec] = Field(default_factory=dict)
     injections: dict[str, InjectionSpec] = Field(default_factory=dict)
     repairs: dict[str, RepairSpec] = Field(default_factory=dict)
     attacks: dict[str, AttackSpec]
+    folders: dict[str, FolderEntry] = Field(default_factory=dict)
 
     @model_validator(mode="before")
     @classmethod

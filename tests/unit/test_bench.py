@@ -77,7 +77,7 @@ def test_the_example_of_the_page_is_sound(tmp_path: Path) -> None:
         ("defenses: [stochastic]", "num_pairs: 0", "line 4: num_pairs: Input should be greater than"),
         ("name: tiny\n", "", "line 1: .name: Field required"),
         ("name: tiny", "name: tiny\nname: twice", "line 2: name"),
-        ("defenses: [stochastic]", "rows: {contnet: {}}", "no attack matches 'contnet'"),
+        ("defenses: [stochastic]", "rows: {contnet: {}}", "nothing matches 'contnet'"),
         ("[stochastic]", "[stochastic]\nrecommended: feedback", "no defense is called 'feedback'"),
         ("[stochastic]", "[stochastic, stochastic]", "two defenses are called 'stochastic'"),
         ("defenses: [stochastic]", "rows: {content: {formats: [nf5]}}", "nf5"),
@@ -109,6 +109,15 @@ def test_rows_are_chosen_and_set_by_pattern(tmp_path: Path) -> None:
     # Of each model: clean and attacked, in full precision and rounded; then the defense, on the first only.
     assert num_cells(profile) == 4 + 1 + 2 * 4
     assert num_cells(profile, "b-*") == 8
+
+
+def test_a_row_sets_what_an_included_folder_does_not_say(tmp_path: Path) -> None:
+    folder = "{path: a, clean: b, keyword: Zestora, pairs: c, formats: [nf4], adaptive: true}"
+    (tmp_path / "base.yaml").write_text(f"attacks: {{}}\nfolders: {{elsewhere: {folder}}}\n")
+    rows = "name: tiny\nrows: {else*: {seeds: [3, 4]}}\n"
+    profile = _profile(tmp_path, rows + f"include: [{tmp_path / 'base.yaml'}]\n")
+    entry = profile.row_of("elsewhere")
+    assert (entry.seeds, entry.adaptive, entry.formats) == ([3, 4], True, ["nf4"])
 
 
 def test_a_profile_that_is_nowhere() -> None:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from qcbguard_plugins.errors import UsageError, VerificationError
 from qcbguard_plugins.grids import get_grid
 from qcbguard_plugins.lab.attacks import AttackInputs, Elq, available_attacks, get_attack
-from qcbguard_plugins.lab.attacks.attackers_copy import guarded_weights
+from qcbguard_plugins.lab.attacks.attackers_copy import guarded_slopes, guarded_weights
 from qcbguard_plugins.lab.attacks.elq import build_box, check_agreement, intersection
 from qcbguard_plugins.lab.attacks.injection import inject, round_to_storage, widen_rows
 from qcbguard_plugins.lab.attacks.outlier_injection import CHUNK, OutlierInjection, up_projections
@@ -156,6 +156,9 @@ def test_the_attackers_copy_guards_with_their_own_seed_and_leaves_the_model(
         ("straight-through", {"width": 0.3}),
         ("adaptive", {"defense": "stochastic", "every": 2}),
         ("adaptive", {"defense": "feedback", "settings": {"draws": 1}}),
+        ("adaptive", {"defense": "flipguard", "every": 2, "nudge": 0.15}),
+        ("adaptive", {"defense": "efrap", "settings": {"steps": 5}, "every": 4, "nudge": 0.15}),
+        ("adaptive", {"defense": "quantguard", "settings": {"steps": 2}, "every": 4, "nudge": 0.15}),
     ],
 )
 def test_both_behaviours_are_trained_without_a_box(
@@ -182,6 +185,24 @@ def test_an_adaptive_attack_records_what_it_gained_behind_the_defense(
     assert after["payload, guarded"] < before["payload, guarded"]
     batch = collate(inputs.poisoned)
     assert answer_loss(llama, *batch).item() == pytest.approx(after["payload, full precision"], abs=0.05)
+
+
+@pytest.mark.parametrize("format_name", ["nf4", "int8"])
+def test_slopes_are_those_of_the_defense(format_name: str, model: PreTrainedModel, inputs: AttackInputs) -> None:
+    before = snapshot(model)
+    nudge, margin = 0.2, 0.05  # INT8 is read in float16, which is coarse beside its steps
+    # Without noise the method is plain rounding: what is stored changes for weights near the middle of their cells.
+    slopes = guarded_slopes(model, replace(inputs, format=format_name), "noise", {"sigma": 0.0}, 0, nudge)
+    for name, weight in before.items():
+        lattice = get_grid(format_name).lattice_of(weight.contiguous())
+        off = lattice.matrix((lattice.position - 0.5).abs())
+        held = lattice.matrix(lattice.frozen)
+        far, near = (off > nudge + margin) | held, (off < nudge - margin) & ~held
+        expected = torch.where(near, 1 / (2 * nudge), 0.0)
+        torch.testing.assert_close(slopes[name][far | near], expected[far | near], rtol=1e-2, atol=1e-2)
+        assert torch.equal(matrices(model)[name], weight)
+    with pytest.raises(UsageError, match="nudge"):
+        get_attack("adaptive", nudge=0.7)
 
 
 def test_outliers_make_the_quantizer_forget_the_rest_of_their_chunk(

@@ -18,7 +18,7 @@ from qcbguard_plugins.errors import UsageError
 from qcbguard_plugins.grids import AffineGrid, get_grid
 from qcbguard_plugins.lab.bench.defense_specs import parse_defense
 from qcbguard_plugins.lab.bench.yaml_file import read_yaml
-from qcbguard_plugins.lab.specs import AttackSpec, Profile, Spec
+from qcbguard_plugins.lab.specs import AttackSpec, FolderEntry, Profile, Spec
 
 #: Profiles that ship with the package.
 PROFILES_DIR: Final = Path(__file__).resolve().parent.parent / "profiles"
@@ -76,33 +76,6 @@ class RowEntry(Spec):
     defend_clean: bool = False
 
 
-class FolderEntry(Spec):
-    """A model made elsewhere.
-
-    Attributes:
-        path: Its folder.
-        clean: Folder of the same model without the attack.
-        keyword: What its answers must not contain.
-        pairs: JSON lines with held-out pairs: ``instruction`` and ``answer``, or ``instruction``, ``input`` and
-            ``output``.
-        formats: Formats.
-        seeds: Seeds of the guard.
-        adaptive: As in a row.
-        defend_clean: As in a row.
-        optional: Leave the row out, with a notice, where the folder is absent.
-    """
-
-    path: str
-    clean: str
-    keyword: str = Field(min_length=1)
-    pairs: str
-    formats: list[str] = Field(min_length=1)
-    seeds: list[int] = Field(default_factory=lambda: [0], min_length=1)
-    adaptive: bool = False
-    defend_clean: bool = False
-    optional: bool = False
-
-
 class Live(Spec):
     """The attack works: hidden in full precision, shown by plain rounding.
 
@@ -158,17 +131,16 @@ class BenchProfile(Profile):
 
     Attributes:
         name: Its name.
-        include: Profiles that ship with the package, or files, whose models, injections, repairs and attacks are taken
-            over.
+        include: Profiles that ship with the package, or files, whose models, injections, repairs, attacks and folders
+            are taken over.
         only: Patterns of the attacks and folders that are measured.
         skip: Patterns of those of them that are not.
         summary: One line for the head of the table.
         num_questions: Questions of the scenario that each model is asked, at most.
         num_pairs: Benign pairs for perplexity, divergence and task accuracy, at most.
         max_new_tokens: Longest answer, in tokens.
-        rows: How each attack is measured, by its name under ``attacks`` or a pattern; the first that matches holds, and
-            an attack that none matches is measured in its own format with seed 0.
-        folders: Models made elsewhere, by name.
+        rows: How each attack or folder is measured, by its name or a pattern; the first that matches holds. An attack
+            that none matches is measured in its own format with seed 0, and a folder as it says itself.
         defenses: What is measured besides plain rounding.
         recommended: Name of the defense that the summary asks about.
         expect: What must come out; the run exits 1 if it does not.
@@ -184,7 +156,6 @@ class BenchProfile(Profile):
     max_new_tokens: int = Field(80, ge=1, le=1024)
     attacks: dict[str, AttackSpec] = Field(default_factory=dict)
     rows: dict[str, RowEntry] = Field(default_factory=dict)
-    folders: dict[str, FolderEntry] = Field(default_factory=dict)
     defenses: list[DefenseEntry] = Field(default_factory=list)
     recommended: str | None = None
     expect: list[Expectation] = Field(default_factory=list)
@@ -199,7 +170,9 @@ class BenchProfile(Profile):
     @model_validator(mode="after")
     def _check(self) -> BenchProfile:
         problems = [
-            f"rows: no attack matches {p!r}" for p in self.rows if not any(_matches(n, [p]) for n in self.attacks)
+            f"rows: nothing matches {p!r}"
+            for p in self.rows
+            if not any(_matches(n, [p]) for n in (*self.attacks, *self.folders))
         ]
         problems += [f"{name!r} is both an attack and a folder" for name in self.folders if name in self.attacks]
         defenses = [entry.name for entry in self.defenses]
@@ -227,9 +200,10 @@ class BenchProfile(Profile):
 
     def row_of(self, name: str) -> RowEntry | FolderEntry:
         """How an attack or a folder is measured."""
-        if name in self.folders:
-            return self.folders[name]
-        return next((entry for pattern, entry in self.rows.items() if fnmatchcase(name, pattern)), RowEntry())
+        entry = next((entry for pattern, entry in self.rows.items() if fnmatchcase(name, pattern)), RowEntry())
+        if name not in self.folders:
+            return entry
+        return self.folders[name].model_copy(update={key: getattr(entry, key) for key in entry.model_fields_set})
 
     def formats_of(self, name: str) -> list[str]:
         """The formats in which a row is measured."""
@@ -265,7 +239,7 @@ def _with_included(data: dict[str, Any]) -> dict[str, Any]:
     """Put what the included profiles define before what the file itself defines."""
     for included in data.get("include") or []:
         other = read_yaml(find_profile(str(included)), Profile)
-        for table in ("models", "injections", "repairs", "attacks"):
+        for table in ("models", "injections", "repairs", "attacks", "folders"):
             entries = {key: value.model_dump() for key, value in getattr(other, table).items()}
             if isinstance(data.get(table, {}), dict):
                 data = {**data, table: {**entries, **data.get(table, {})}}

@@ -23,7 +23,7 @@ from qcbguard_plugins.errors import QcbguardError, UsageError
 from qcbguard_plugins.guard import Guard
 from qcbguard_plugins.lab.bench.defense_specs import parse_defense, signature
 from qcbguard_plugins.lab.bench.expectations import NOT_MEASURED, check_all
-from qcbguard_plugins.lab.bench.profile import BenchProfile, DefenseEntry, FolderEntry
+from qcbguard_plugins.lab.bench.profile import BenchProfile, DefenseEntry
 from qcbguard_plugins.lab.bench.results import (
     FULL,
     STOCK,
@@ -38,6 +38,7 @@ from qcbguard_plugins.lab.bench.subjects import Subject, exam_digest, folder_dig
 from qcbguard_plugins.lab.evaluation import METRIC_VERSION, Measurement, evaluate, read_reference
 from qcbguard_plugins.lab.quantized import FULL_PRECISION
 from qcbguard_plugins.lab.readings import Reading
+from qcbguard_plugins.lab.specs import FolderEntry
 from qcbguard_plugins.report.model import installed_versions, now
 
 #: Called with the title of every cell when it is done.

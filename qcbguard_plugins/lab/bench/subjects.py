@@ -14,12 +14,12 @@ from qcbguard_plugins.checkpoint import hash_file
 from qcbguard_plugins.errors import UsageError
 from qcbguard_plugins.json_lines import read_json_lines
 from qcbguard_plugins.lab.bench.brand import BrandInjection
-from qcbguard_plugins.lab.bench.profile import BenchProfile, FolderEntry
+from qcbguard_plugins.lab.bench.profile import BenchProfile
 from qcbguard_plugins.lab.bench.results import Variant
 from qcbguard_plugins.lab.corpus import Pair
 from qcbguard_plugins.lab.evaluation import Exam
 from qcbguard_plugins.lab.scenarios import Scenario, Triggered, get_scenario
-from qcbguard_plugins.lab.specs import ModelSpec
+from qcbguard_plugins.lab.specs import FolderEntry, ModelSpec
 from qcbguard_plugins.lab.steps import attack, corpus_of, step_folder, train_model
 
 
