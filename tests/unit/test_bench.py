@@ -109,6 +109,9 @@ def test_rows_are_chosen_and_set_by_pattern(tmp_path: Path) -> None:
     # Of each model: clean and attacked, in full precision and rounded; then the defense, on the first only.
     assert num_cells(profile) == 4 + 1 + 2 * 4
     assert num_cells(profile, "b-*") == 8
+    seeds = "name: tiny\ndefenses: [{spec: qvec, seeds: [1]}]\n"
+    # Two seeds of one model, and the defense with one of them.
+    assert num_cells(_profile(tmp_path, seeds + attacks + rows), "b-*") == 9
 
 
 def test_a_row_sets_what_an_included_folder_does_not_say(tmp_path: Path) -> None:

@@ -31,12 +31,14 @@ class DefenseEntry(Spec):
         spec: Its spelling, see :func:`~qcbguard_plugins.lab.bench.defense_specs.parse_defense`.
         formats: The formats that it is measured in; all where empty. A published setting may hold for one format.
         rows: Patterns of the rows that it is measured in; all where empty.
+        seeds: The seeds of those rows that it is measured with; all where empty.
         label: What the table calls it; its spelling by default.
     """
 
     spec: str
     formats: list[str] = Field(default_factory=list)
     rows: list[str] = Field(default_factory=list)
+    seeds: list[int] = Field(default_factory=list)
     label: str = ""
 
     @model_validator(mode="before")
@@ -54,10 +56,11 @@ class DefenseEntry(Spec):
         """What the table calls it."""
         return self.label or self.spec
 
-    def applies_to(self, row: str, format: str) -> bool:
-        """Is it measured in this row and format?"""
+    def applies_to(self, row: str, format: str, seed: int | None = None) -> bool:
+        """Is it measured in this row and format, with this seed (or with any)?"""
         in_row = not self.rows or _matches(row, self.rows)
-        return in_row and (not self.formats or format in self.formats)
+        with_seed = seed is None or not self.seeds or seed in self.seeds
+        return in_row and with_seed and (not self.formats or format in self.formats)
 
 
 class RowEntry(Spec):

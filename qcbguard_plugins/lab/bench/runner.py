@@ -140,7 +140,7 @@ def tasks_of(profile: BenchProfile, row: str, seed: int) -> Iterator[_Task]:
             if variant == "clean" and not entry.defend_clean:
                 continue
             for defense in profile.defenses:
-                if defense.applies_to(row, format_name):
+                if defense.applies_to(row, format_name, seed):
                     place = Place(row=row, variant=variant, format=format_name, defense=defense.name, seed=seed)
                     yield _Task(place, defense)
 
