@@ -9,6 +9,7 @@ import torch
 
 from qcbguard_plugins.defenses import Defense, Stochastic
 from qcbguard_plugins.guard import Guard
+from qcbguard_plugins.guarded_weight import dtype_name
 from qcbguard_plugins.memory import plan_memory
 from qcbguard_plugins.plan import Plan
 from qcbguard_plugins.report.model import Record
@@ -58,7 +59,7 @@ class PlanReport(Record):
 def describe_plan(plan: Plan, guard: Guard, budget_bytes: int | None = None) -> PlanReport:
     """Put a plan into a report, with its cost; see :func:`~qcbguard_plugins.memory.plan_memory` for the budget."""
     guarded = [
-        PlannedTensor(name=t.name, shape=t.shape, dtype=str(t.dtype).removeprefix("torch."), action="guard")
+        PlannedTensor(name=t.name, shape=t.shape, dtype=dtype_name(t.dtype), action="guard")
         for t in plan.targets
     ]
     ignored = [PlannedTensor(name=name, action="ignore") for name in plan.ignored]
