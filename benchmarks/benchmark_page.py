@@ -48,7 +48,7 @@ PARTS = {
         "Attackers who know the defense",
         "Each attack was made against the defense in its name: `narrowed`, a box without the values that the defense "
         "would carry over a boundary; `adaptive`, training on sampled copies of the defense, the payload weighted as "
-        "the good answers are, `strong` twice as much, `nudged` with the slopes measured as against the other defenses.",
+        "the good answers are; `strong` twice as much, `nudged` with slopes measured as they are against the others.",
     ),
     "draws": (
         "Draw by draw",
