@@ -119,8 +119,9 @@ def test_a_row_sets_what_an_included_folder_does_not_say(tmp_path: Path) -> None
     (tmp_path / "base.yaml").write_text(f"attacks: {{}}\nfolders: {{elsewhere: {folder}}}\n")
     rows = "name: tiny\nrows: {else*: {seeds: [3, 4]}}\n"
     profile = _profile(tmp_path, rows + f"include: [{tmp_path / 'base.yaml'}]\n")
-    entry = profile.row_of("elsewhere")
-    assert (entry.seeds, entry.adaptive, entry.formats) == ([3, 4], True, ["nf4"])
+    for read in (profile, BenchProfile.model_validate(profile.model_dump(mode="json"))):
+        entry = read.row_of("elsewhere")
+        assert (entry.seeds, entry.adaptive, entry.formats) == ([3, 4], True, ["nf4"])
 
 
 def test_a_profile_that_is_nowhere() -> None:

@@ -206,7 +206,8 @@ class BenchProfile(Profile):
         entry = next((entry for pattern, entry in self.rows.items() if fnmatchcase(name, pattern)), RowEntry())
         if name not in self.folders:
             return entry
-        return self.folders[name].model_copy(update={key: getattr(entry, key) for key in entry.model_fields_set})
+        # A profile that was written out names every field: only what differs from the default was meant.
+        return self.folders[name].model_copy(update=entry.model_dump(exclude_defaults=True))
 
     def formats_of(self, name: str) -> list[str]:
         """The formats in which a row is measured."""
