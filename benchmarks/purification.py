@@ -115,9 +115,11 @@ def adapter_entries(model: AdapterSpec) -> Iterator[Entry]:
     yield Entry(CLEAN)
     yield Entry(NONE)
     yield entry("fine-tuning", model, ON_ADAPTERS, method="fine-tuning")
-    yield entry("immunization (ours)", model, ON_ADAPTERS.model_copy(update={"healing_keys": 0.5}))
+    yield entry("CROW", model, ON_ADAPTERS, method="crow")
     yield entry("immunization (paper's score)", model, ON_ADAPTERS.model_copy(update={"score": "combined"}))
-    yield entry("by lot", model, ON_ADAPTERS, method="random-channels")
+    kept = {"healing_keys": RECOMMENDED.healing_keys, "healing_consistency": RECOMMENDED.healing_consistency}
+    yield entry("keys and consistency alone", model, ON_ADAPTERS.model_copy(update=kept), method="fine-tuning")
+    yield entry(OURS, model, ON_ADAPTERS.model_copy(update=kept))
 
 
 def parts_entries(model: MaliciousSpec) -> Iterator[Entry]:

@@ -152,8 +152,8 @@ def test_a_table_says_where_a_mean_is_of_fewer_models(tmp_path: Path) -> None:
     ).splitlines()
     assert rows[2] == "| a | 100 () | 100 () | 20 () |" and rows[3] == "| b | 50 () | 50 () |  |"
     means = means_table([*cells, cell("a", NONE, 10), cell("b", NONE, 5)], [NONE, "x 1", "x 2"], "x 1").splitlines()
-    assert means[2].startswith("| none | 2 | 75 | 100 | 10 |") and means[2].endswith("| 75,  |")
-    assert means[4].startswith("| x 2 | 1 | 20 | 20 | 10 |") and means[4].endswith("| 100,  |")
+    assert means[2].startswith("| none | 2 | 75.0 | 100 | 100 | 10 |") and means[2].endswith("| 75.0,  |")
+    assert means[4].startswith("| x 2 | 1 | 20.0 | 20 | 20 | 10 |") and means[4].endswith("| 100.0,  |")
     draw_curve(cells, ["x 1", "x 2"], "x", tmp_path / "curve.svg")
     draw_attacks(cells, ["x 1", "x 2"], tmp_path / "attacks.svg")
     assert (tmp_path / "attacks.svg").stat().st_size > 1_000
