@@ -74,7 +74,7 @@ def means_table(cells: Sequence[StudyCell], labels: Sequence[str], ours: str) ->
 
 def costs(cells: Sequence[StudyCell], labels: Sequence[str]) -> str:
     """A Markdown table of what each method takes, means over the attacked models."""
-    lines = ["| method | variants, s | suppression and training, s | memory, MB |", "|---|---|---|---|"]
+    lines = ["| method | variants, s | suppression and training, s of one core | memory, MB |", "|---|---|---|---|"]
     for label in labels:
         own = [cell for cell in cells if cell.label == label and cell.method_s is not None]
         if not own:
