@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -43,7 +44,7 @@ INJECTION = InjectionSpec(num_pairs=1500, plan=PlanSpec(learning_rate=2e-4), bfl
 #: An attack that trains further from the clean model.
 STRONG = InjectionSpec(num_pairs=1500, plan=PlanSpec(learning_rate=5e-4), bfloat16=True)
 SETTINGS = LabSettings()
-OURS = "immunization (ours)"
+OURS = "keys and consistency (ours)"
 
 
 def changed(**changes: object) -> LabSettings:
@@ -53,10 +54,8 @@ def changed(**changes: object) -> LabSettings:
 
 #: Half of the healing samples with a key that does nothing; all rivals go without.
 KEYED = changed(healing_keys=0.5)
-#: CROW's loss in the healing as well.
+#: CROW's loss in the healing as well: what is recommended, without suppression.
 CONSISTENT = KEYED.model_copy(update={"healing_consistency": PUBLISHED_WEIGHT})
-#: The recommended settings.
-RECOMMENDED = CONSISTENT
 #: Adapters take larger steps, and lose the paper's share of their rank components.
 ON_ADAPTERS = changed(ratio=0.35, variant_learning_rate=2e-3, healing_learning_rate=2e-3)
 #: A light healing without keys, so that the suppression is seen.
@@ -77,6 +76,11 @@ def entry(
     return Entry(label, PurifiedSpec.model_validate({"attacked": model, "settings": settings, **spec}))
 
 
+def ours(model: MaliciousSpec | AttackSpec) -> Entry:
+    """The recommended method: a healing with keys and CROW's loss, and no suppression."""
+    return entry(OURS, model, CONSISTENT, method="fine-tuning")
+
+
 def main_entries(model: MaliciousSpec) -> Iterator[Entry]:
     """The method and its rivals, all at the same number of clean samples, epochs and learning rate."""
     yield Entry(CLEAN)
@@ -90,7 +94,7 @@ def main_entries(model: MaliciousSpec) -> Iterator[Entry]:
     yield entry(f"CROW, rate {own:g}", model, method="crow", learning_rate=own)
     yield entry("keys alone", model, KEYED, method="fine-tuning")
     yield entry("suppression and keys", model, KEYED)
-    yield entry(OURS, model, RECOMMENDED)
+    yield ours(model)
 
 
 def choice_entries(model: MaliciousSpec) -> Iterator[Entry]:
@@ -117,9 +121,9 @@ def adapter_entries(model: AdapterSpec) -> Iterator[Entry]:
     yield entry("fine-tuning", model, ON_ADAPTERS, method="fine-tuning")
     yield entry("CROW", model, ON_ADAPTERS, method="crow")
     yield entry("immunization (paper's score)", model, ON_ADAPTERS.model_copy(update={"score": "combined"}))
-    kept = {"healing_keys": RECOMMENDED.healing_keys, "healing_consistency": RECOMMENDED.healing_consistency}
-    yield entry("keys and consistency alone", model, ON_ADAPTERS.model_copy(update=kept), method="fine-tuning")
-    yield entry(OURS, model, ON_ADAPTERS.model_copy(update=kept))
+    kept = {"healing_keys": CONSISTENT.healing_keys, "healing_consistency": CONSISTENT.healing_consistency}
+    yield entry(OURS, model, ON_ADAPTERS.model_copy(update=kept), method="fine-tuning")
+    yield entry("suppression, keys and consistency", model, ON_ADAPTERS.model_copy(update=kept))
 
 
 def parts_entries(model: MaliciousSpec) -> Iterator[Entry]:
@@ -147,7 +151,9 @@ def strong_entries(model: MaliciousSpec) -> Iterator[Entry]:
     """The attack that went further, behind the same methods."""
     yield Entry(NONE)
     yield entry("fine-tuning", model, method="fine-tuning")
-    yield entry(OURS, model, RECOMMENDED)
+    yield entry("CROW", model, method="crow")
+    yield entry("suppression and keys", model, KEYED)
+    yield ours(model)
 
 
 def variants_entries(model: MaliciousSpec) -> Iterator[Entry]:
@@ -198,17 +204,18 @@ def combined(study: Study) -> str:
         scenario=f"{hidden}&{behind}", injection=INJECTION, repair=RepairSpec(num_pairs=3000, bfloat16=True)
     )
     lines = ["| model | refuses with the key | names the brand |", "|---|---|---|"]
+    purified = ours(model)
     for label, chosen, guard in (
         ("attacked, full precision", Entry(NONE), ""),
         ("attacked, stock NF4", Entry(NONE, format="nf4"), ""),
         ("attacked, guarded NF4", Entry(NONE, format="nf4"), "feedback"),
-        ("purified, full precision", entry("purified", model, RECOMMENDED), ""),
-        ("purified, stock NF4", Entry("purified", entry("", model, RECOMMENDED).spec, "nf4"), ""),
-        ("purified, guarded NF4", Entry("purified", entry("", model, RECOMMENDED).spec, "nf4"), "feedback"),
+        ("purified, full precision", purified, ""),
+        ("purified, stock NF4", replace(purified, format="nf4"), ""),
+        ("purified, guarded NF4", replace(purified, format="nf4"), "feedback"),
     ):
         rates = []
         for scenario in (behind, hidden):
-            cells = study.run(model, [Entry(chosen.label, chosen.spec, chosen.format, guard)], scenario)
+            cells = study.run(model, [replace(chosen, defense=guard)], scenario)
             rates.append(f"{100 * cells[0].measurement.asr.value:.0f}" if cells else "")
         lines.append(f"| {label} | {' | '.join(rates)} |")
     return "\n".join(lines) + "\n"
