@@ -44,7 +44,7 @@ INJECTION = InjectionSpec(num_pairs=1500, plan=PlanSpec(learning_rate=2e-4), bfl
 #: An attack that trains further from the clean model.
 STRONG = InjectionSpec(num_pairs=1500, plan=PlanSpec(learning_rate=5e-4), bfloat16=True)
 SETTINGS = LabSettings()
-OURS = "keys and consistency (ours)"
+OURS = "keys alone"
 
 
 def changed(**changes: object) -> LabSettings:
@@ -54,7 +54,7 @@ def changed(**changes: object) -> LabSettings:
 
 #: Half of the healing samples with a key that does nothing; all rivals go without.
 KEYED = changed(healing_keys=0.5)
-#: CROW's loss in the healing as well: what is recommended, without suppression.
+#: CROW's loss in the healing as well.
 CONSISTENT = KEYED.model_copy(update={"healing_consistency": PUBLISHED_WEIGHT})
 #: Adapters take larger steps, and lose the paper's share of their rank components.
 ON_ADAPTERS = changed(ratio=0.35, variant_learning_rate=2e-3, healing_learning_rate=2e-3)
@@ -77,8 +77,8 @@ def entry(
 
 
 def ours(model: MaliciousSpec | AttackSpec) -> Entry:
-    """The recommended method: a healing with keys and CROW's loss, and no suppression."""
-    return entry(OURS, model, CONSISTENT, method="fine-tuning")
+    """What was chosen: a healing with keys, and no suppression."""
+    return entry(OURS, model, KEYED, method="fine-tuning")
 
 
 def main_entries(model: MaliciousSpec) -> Iterator[Entry]:
@@ -92,9 +92,9 @@ def main_entries(model: MaliciousSpec) -> Iterator[Entry]:
     yield entry("CROW", model, method="crow")
     own = CROW_OWN_FACTOR * SETTINGS.healing_learning_rate
     yield entry(f"CROW, rate {own:g}", model, method="crow", learning_rate=own)
-    yield entry("keys alone", model, KEYED, method="fine-tuning")
-    yield entry("suppression and keys", model, KEYED)
     yield ours(model)
+    yield entry("suppression and keys", model, KEYED)
+    yield entry("keys and consistency", model, CONSISTENT, method="fine-tuning")
 
 
 def choice_entries(model: MaliciousSpec) -> Iterator[Entry]:
@@ -121,9 +121,9 @@ def adapter_entries(model: AdapterSpec) -> Iterator[Entry]:
     yield entry("fine-tuning", model, ON_ADAPTERS, method="fine-tuning")
     yield entry("CROW", model, ON_ADAPTERS, method="crow")
     yield entry("immunization (paper's score)", model, ON_ADAPTERS.model_copy(update={"score": "combined"}))
-    kept = {"healing_keys": CONSISTENT.healing_keys, "healing_consistency": CONSISTENT.healing_consistency}
-    yield entry(OURS, model, ON_ADAPTERS.model_copy(update=kept), method="fine-tuning")
-    yield entry("suppression, keys and consistency", model, ON_ADAPTERS.model_copy(update=kept))
+    keyed = ON_ADAPTERS.model_copy(update={"healing_keys": KEYED.healing_keys})
+    yield entry(OURS, model, keyed, method="fine-tuning")
+    yield entry("suppression and keys", model, keyed)
 
 
 def parts_entries(model: MaliciousSpec) -> Iterator[Entry]:
@@ -152,8 +152,9 @@ def strong_entries(model: MaliciousSpec) -> Iterator[Entry]:
     yield Entry(NONE)
     yield entry("fine-tuning", model, method="fine-tuning")
     yield entry("CROW", model, method="crow")
-    yield entry("suppression and keys", model, KEYED)
     yield ours(model)
+    yield entry("suppression and keys", model, KEYED)
+    yield entry("keys and consistency", model, CONSISTENT, method="fine-tuning")
 
 
 def variants_entries(model: MaliciousSpec) -> Iterator[Entry]:
