@@ -8,13 +8,15 @@ from typing import Literal
 import torch
 
 from qcbguard_plugins.defenses import Defense, Stochastic
+from qcbguard_plugins.grids import Grid
 from qcbguard_plugins.guard import Guard
+from qcbguard_plugins.guarded_weight import dtype_name
 from qcbguard_plugins.memory import plan_memory
 from qcbguard_plugins.plan import Plan
 from qcbguard_plugins.report.model import Record
 from qcbguard_plugins.rounding import guard_weight
 
-_PROBE_SHAPE = (512, 1024)
+_PROBE_SHAPE, _WARM_UP_SHAPE = (512, 1024), (2, 1024)
 _MATMUL_SIZE = 768
 
 
@@ -58,8 +60,7 @@ class PlanReport(Record):
 def describe_plan(plan: Plan, guard: Guard, budget_bytes: int | None = None) -> PlanReport:
     """Put a plan into a report, with its cost; see :func:`~qcbguard_plugins.memory.plan_memory` for the budget."""
     guarded = [
-        PlannedTensor(name=t.name, shape=t.shape, dtype=str(t.dtype).removeprefix("torch."), action="guard")
-        for t in plan.targets
+        PlannedTensor(name=t.name, shape=t.shape, dtype=dtype_name(t.dtype), action="guard") for t in plan.targets
     ]
     ignored = [PlannedTensor(name=name, action="ignore") for name in plan.ignored]
     calibrated = guard.method.needs_calibration
@@ -75,12 +76,18 @@ def describe_plan(plan: Plan, guard: Guard, budget_bytes: int | None = None) -> 
     )
 
 
+def seconds_per_weight(grid: Grid, method: Defense, dtype: torch.dtype = torch.float32) -> float:
+    """The time of one small weight, over the number of its entries."""
+    # The first call may compile kernels.
+    for shape in (_WARM_UP_SHAPE, _PROBE_SHAPE):
+        weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(dtype)
+        start = time.perf_counter()
+        guard_weight(weight, grid, method, seed=0, name="probe")
+    return (time.perf_counter() - start) / weight.numel()
+
+
 def _rounding_seconds(plan: Plan, method: Defense) -> float:
-    """The time of one small weight, scaled to all of them."""
-    weight = torch.randn(_PROBE_SHAPE)
-    start = time.perf_counter()
-    guard_weight(weight, plan.grids(plan.targets[0])[0], method, seed=0, name="probe")
-    return (time.perf_counter() - start) / weight.numel() * plan.num_weights
+    return seconds_per_weight(plan.grids(plan.targets[0])[0], method) * plan.num_weights
 
 
 def _calibrated_seconds(plan: Plan, guard: Guard) -> float:

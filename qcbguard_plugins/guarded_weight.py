@@ -42,6 +42,11 @@ class GuardedWeight:
     settled: Mapping[str, float | str] = field(default_factory=dict)
 
 
+def dtype_name(dtype: torch.dtype | None) -> str:
+    """A dtype as reports spell it, such as ``bfloat16``; ``None``, for one that torch lacks, stays ``None``."""
+    return str(dtype).removeprefix("torch.")
+
+
 def codes_digest(codes: Tensor) -> str:
     """SHA-256 of the codes of one weight, row by row, a byte each."""
     return hashlib.sha256(codes.cpu().contiguous().numpy().data).hexdigest()

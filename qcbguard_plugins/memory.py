@@ -68,23 +68,22 @@ def plan_memory(plan: Plan, guard: Guard, budget_bytes: int | None = None) -> Me
     Raises:
         MemoryBudgetError: It cannot be done within the budget.
     """
-    budget = available_bytes() if budget_bytes is None else budget_bytes
     fixed = resident_bytes() + _SLACK_BYTES
     if not guard.method.needs_calibration:
         largest = max(plan.targets, key=lambda target: _rounding_bytes(plan, target, guard))
         peak = fixed + _rounding_bytes(plan, largest, guard)
-        _require(peak, budget, f"{largest.name} of {largest.num_weights} weights needs most", budget_bytes)
+        _require(peak, budget_bytes, f"{largest.name} of {largest.num_weights} weights needs most")
         return MemoryPlan(peak)
     working = fixed + _MODEL_SLACK_BYTES + _calibration_bytes(plan, guard)
     itemsize = model_dtype(plan).itemsize
     sizes = {key: entry_weights(entry) for key, entry in plan.checkpoint.tensors.items()}
     whole = working + sum(sizes.values()) * itemsize + round(guard.method.bytes_per_weight * plan.num_weights)
-    if whole <= budget or isinstance(guard.method, WholeModelDefense):
-        _require(whole, budget, f"{guard.method.name} works on the whole model", budget_bytes)
+    if whole <= _budget(budget_bytes) or isinstance(guard.method, WholeModelDefense):
+        _require(whole, budget_bytes, f"{guard.method.name} works on the whole model")
         return MemoryPlan(whole)
     outside, block = _outside_and_block(sizes)
     streamed = working + (outside + block) * itemsize
-    _require(streamed, budget, "the largest block and its Hessians must be in memory at once", budget_bytes)
+    _require(streamed, budget_bytes, "the largest block and its Hessians must be in memory at once")
     return MemoryPlan(streamed, streamed=True)
 
 
@@ -105,8 +104,7 @@ def require_room_for_gguf(targets: Sequence[GgufTensor], budget_bytes: int | Non
     matrix = largest.shape[-1] * largest.shape[-2]
     # Stacked experts are worked on one by one, and their outcomes wait for the last.
     peak = resident_bytes() + _SLACK_BYTES + 2 * largest.num_bytes + round(_LANDED * matrix)
-    budget = available_bytes() if budget_bytes is None else budget_bytes
-    _require(peak, budget, f"{largest.name} of {largest.num_weights} weights is guarded in one piece", budget_bytes)
+    _require(peak, budget_bytes, f"{largest.name} of {largest.num_weights} weights is guarded in one piece")
     return peak
 
 
@@ -133,9 +131,8 @@ def require_room_for_scan(
     peak = resident_bytes() + (_GGML_SCAN_BYTES if searched else _SCAN_BYTES)
     peak += largest.num_bytes * (1 + largest.transposed)
     peak += round((_SCANNED_ON_GGML if searched else _SCANNED) * tested)
-    budget = available_bytes() if budget_bytes is None else budget_bytes
     why = f"{largest.name} of {largest.num_weights} weights is read in one piece, {tested} weights are tested at once"
-    _require(peak, budget, why, budget_bytes, remedy="Raise --max-memory or free some, or leave --exhaustive out.")
+    _require(peak, budget_bytes, why, remedy="Raise --max-memory or free some, or leave --exhaustive out.")
     return peak
 
 
@@ -225,16 +222,20 @@ def entry_weights(entry: TensorEntry) -> int:
     return torch.Size(entry.shape).numel()
 
 
+def _budget(budget_bytes: int | None) -> int:
+    return available_bytes() if budget_bytes is None else budget_bytes
+
+
 def _require(
     peak: int,
-    budget: int,
+    budget_bytes: int | None,
     why: str,
-    asked: int | None,
     remedy: str = "Raise --max-memory or free some; --method stochastic needs least.",
 ) -> None:
+    budget = _budget(budget_bytes)
     if peak <= budget:
         return
-    limit = "--max-memory" if asked is not None else "the memory that is left"
+    limit = "--max-memory" if budget_bytes is not None else "the memory that is left"
     raise MemoryBudgetError(
         f"this run needs about {human_bytes(peak)} of memory, and {limit} is {human_bytes(budget)}: {why}",
         remedy=remedy,

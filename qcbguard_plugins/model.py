@@ -15,7 +15,7 @@ from qcbguard_plugins.detection.precaution import looks_attacked
 from qcbguard_plugins.errors import CalibrationError
 from qcbguard_plugins.grids import Grid, get_grid
 from qcbguard_plugins.guard import Guard, as_guard
-from qcbguard_plugins.guarded_weight import GuardedWeight
+from qcbguard_plugins.guarded_weight import GuardedWeight, dtype_name
 from qcbguard_plugins.hessians import Weights, WeightsInMemory, gather_hessians
 from qcbguard_plugins.report.model import TensorRecord
 from qcbguard_plugins.rounding import guard_weight
@@ -97,8 +97,8 @@ def record_of(
         key=key or name,
         shape=(guarded.weight.shape[0], guarded.weight.shape[1]),
         transposed=transposed,
-        dtype=_dtype_name(dtype or guarded.weight.dtype),
-        read_dtype=_dtype_name(guarded.weight.dtype),
+        dtype=dtype_name(dtype or guarded.weight.dtype),
+        read_dtype=dtype_name(guarded.weight.dtype),
         num_weights=guarded.weight.numel(),
         num_moved=guarded.num_moved,
         num_frozen=guarded.num_frozen,
@@ -107,10 +107,6 @@ def record_of(
         codes_sha256=guarded.digest,
         settled=dict(guarded.settled),
     )
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 @torch.no_grad()

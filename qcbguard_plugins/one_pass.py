@@ -19,9 +19,11 @@ from qcbguard_plugins.checkpoint import TensorEntry, Workspace
 from qcbguard_plugins.checkpoint.resume import bytes_of
 from qcbguard_plugins.grids import CodebookGrid, Grid, Int8Grid
 from qcbguard_plugins.guard import Guard
+from qcbguard_plugins.guarded_weight import dtype_name
 from qcbguard_plugins.report.model import TensorRecord, TensorVerdict
 from qcbguard_plugins.rounding import Tally, guard_segment, weights_per_segment
 from qcbguard_plugins.threads import stream_over_threads
+from qcbguard_plugins.verification import other_codes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -75,8 +77,8 @@ def guard_in_one_pass(
         key=target.key,
         shape=target.shape,
         transposed=False,
-        dtype=_name(target.dtype),
-        read_dtype=_name(target.read_dtype),
+        dtype=dtype_name(target.dtype),
+        read_dtype=dtype_name(target.read_dtype),
         num_weights=target.num_weights,
         num_moved=tally.num_moved,
         num_frozen=tally.num_frozen,
@@ -87,7 +89,7 @@ def guard_in_one_pass(
         stored_name=target.stored_name,
     )
     workspace.finish(entry, source.hexdigest(), guarded.hexdigest(), record)
-    reason = f"the stock quantizer stores other codes from {_name(other_dtype)}" if other_dtype else ""
+    reason = other_codes(other_dtype) if other_dtype else ""
     return record, TensorVerdict(name=target.name, as_planned=not reason, reason=reason)
 
 
@@ -159,7 +161,3 @@ class _Pass:
             return self.spare.pop()
         except IndexError:
             return torch.empty(self._size, dtype=self._target.dtype)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -156,9 +156,9 @@ def guard_planned(
 def _hash_files(checkpoint: Checkpoint, folder: Path, team: Team) -> list[FileRecord]:
     """The hashes of all shards before and after, in all processes."""
     files = [(place, shard) for shard in checkpoint.shards for place in (checkpoint.path, folder)]
-    mine = team.share(files, lambda file: checkpoint.num_bytes_of(file[1]))
-    hashes = map_over_threads(lambda file: hash_file(file[0] / file[1]), mine)
-    found = dict(team.gather([(files.index(file), digest) for file, digest in zip(mine, hashes, strict=True)]))
+    mine = team.share(range(len(files)), lambda number: checkpoint.num_bytes_of(files[number][1]))
+    hashes = map_over_threads(lambda number: hash_file(files[number][0] / files[number][1]), mine)
+    found = dict(team.gather(list(zip(mine, hashes, strict=True))))
     return [
         FileRecord(name=shard, sha256_in=found[2 * number], sha256_out=found[2 * number + 1])
         for number, shard in enumerate(checkpoint.shards)

@@ -22,7 +22,7 @@ from qcbguard_plugins.grids.base import Grid, Lattice, cut_blocks
 from qcbguard_plugins.grids.codebook import CodebookGrid
 from qcbguard_plugins.grids.ggml import GgmlGrid
 from qcbguard_plugins.grids.int8 import Int8Grid
-from qcbguard_plugins.guarded_weight import GuardedWeight, codes_digest
+from qcbguard_plugins.guarded_weight import GuardedWeight, codes_digest, dtype_name
 from qcbguard_plugins.landing import guard_on_ggml
 from qcbguard_plugins.threads import map_over_threads
 
@@ -147,9 +147,9 @@ def _check(weight: Tensor, name: str) -> None:
     if weight.dim() != 2 or weight.numel() == 0:
         raise UnguardableError(f"{name} cannot be guarded: its shape is {tuple(weight.shape)}, not a non-empty matrix")
     if weight.dtype not in DTYPES:
-        wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        wanted = ", ".join(dtype_name(dtype) for dtype in DTYPES)
         raise UnguardableError(
-            f"{name} cannot be guarded: its dtype is {str(weight.dtype).removeprefix('torch.')}",
+            f"{name} cannot be guarded: its dtype is {dtype_name(weight.dtype)}",
             remedy=f"Guard a full-precision checkpoint ({wanted}).",
         )
 

@@ -19,6 +19,7 @@ from qcbguard_plugins.detection.neighbours import draw_inflations, generator_for
 from qcbguard_plugins.errors import MissingDependencyError, UsageError
 from qcbguard_plugins.grids import AffineGrid, Grid, get_grid
 from qcbguard_plugins.grids.ggml import GgmlGrid
+from qcbguard_plugins.guarded_weight import dtype_name
 from qcbguard_plugins.judgement import judge
 from qcbguard_plugins.memory import require_room_for_scan
 from qcbguard_plugins.report.scan_model import ScannedTensor, ScanReport, SkippedTensor
@@ -179,7 +180,7 @@ def scanned_tensor(measured: Measurements, index: int) -> ScannedTensor:
         layer=layer_of(target.name),
         projection=projection_of(target.name),
         shape=target.matrix_shape,
-        dtype=str(target.dtype).removeprefix("torch."),
+        dtype=dtype_name(target.dtype),
         num_weights=target.num_weights,
         num_tested=measured.num_tested[index],
         outlier_share=evidence.share,

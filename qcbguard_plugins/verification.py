@@ -13,6 +13,7 @@ from torch import Tensor
 from qcbguard_plugins.checkpoint import Checkpoint, TensorEntry
 from qcbguard_plugins.errors import VerificationError
 from qcbguard_plugins.grids import CodebookGrid, Grid, Int8Grid, get_grid
+from qcbguard_plugins.guarded_weight import dtype_name
 from qcbguard_plugins.report.model import TensorRecord, TensorVerdict
 from qcbguard_plugins.several import stock_digest
 
@@ -52,6 +53,11 @@ def require_as_planned(verdicts: Sequence[TensorVerdict]) -> None:
         )
 
 
+def other_codes(dtype: torch.dtype) -> str:
+    """The reason of a verdict: the weight, read in this dtype, does not get the planned codes."""
+    return f"the stock quantizer stores other codes from {dtype_name(dtype)}"
+
+
 def twin_facts(formats: Sequence[str]) -> dict[str, str]:
     """Who answered for bitsandbytes in a run, for the record; nothing where it was bitsandbytes or was not asked."""
     if len(formats) > 1 or formats[0].startswith("gguf:"):
@@ -71,7 +77,7 @@ def _why_not_as_planned(
     stored_shape = record.shape[::-1] if record.transposed else record.shape
     if entry is None:
         return "missing"
-    if entry.shape != stored_shape or str(entry.dtype).removeprefix("torch.") != record.dtype:
+    if entry.shape != stored_shape or dtype_name(entry.dtype) != record.dtype:
         return f"stored as {entry.dtype} {entry.shape}"
     dtypes = [getattr(torch, name) for name in sorted({record.dtype, record.read_dtype})]
     if sampled and not record.transposed and "," not in format and not format.startswith("gguf:"):
@@ -96,7 +102,7 @@ def _why_not_as_planned(
 def _first_other(digests: Mapping[torch.dtype, str], record: TensorRecord) -> str:
     for dtype, digest in digests.items():
         if digest != record.codes_sha256:
-            return f"the stock quantizer stores other codes from {str(dtype).removeprefix('torch.')}"
+            return other_codes(dtype)
     return ""
 
 

@@ -47,7 +47,7 @@ def _malformed(folder: Path) -> Path:
     ],
 )
 def test_the_action_fails_as_the_exit_code_says(tmp_path: Path, make: object, allow: str, code: int) -> None:
-    model = make(tmp_path / "m")  # type: ignore[operator]
+    model = make(tmp_path / "m")
     command = tmp_path / "bin" / "qcbguard"
     command.parent.mkdir()
     command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m qcbguard_plugins.cli "$@"\n', encoding="utf-8")

@@ -291,7 +291,7 @@ class TestFailsClosed:
         with pytest.raises(UsageError, match="unknown method"):
             GuardedBitsAndBytesConfig(**MODES["nf4"], guard="guard")
         with pytest.raises(UsageError, match="got int"):
-            GuardedBitsAndBytesConfig(**MODES["nf4"], guard=3)  # type: ignore[arg-type]
+            GuardedBitsAndBytesConfig(**MODES["nf4"], guard=3)
 
 
 _LOAD_WITHOUT_THE_PACKAGE = """

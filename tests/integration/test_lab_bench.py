@@ -50,8 +50,8 @@ def bench(profile: Path, tmp_path: Path, out: str = "out", *more: str) -> int:
     return main(["lab", "bench", str(profile), "--out", str(tmp_path / out), "--cache", str(tmp_path / "cache"), *more])
 
 
-def results(tmp_path: Path, out: str = "out") -> dict:  # type: ignore[type-arg]
-    return json.loads((tmp_path / out / "results.json").read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+def results(tmp_path: Path, out: str = "out") -> dict:
+    return json.loads((tmp_path / out / "results.json").read_text(encoding="utf-8"))
 
 
 def test_a_benchmark_measures_caches_and_grows(profile: Path, tmp_path: Path) -> None:

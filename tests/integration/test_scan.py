@@ -123,7 +123,7 @@ def test_names_are_understood() -> None:
 def test_the_command_writes_what_it_is_asked_for(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], make: object, code: int
 ) -> None:
-    folder = make(tmp_path / "m")  # type: ignore[operator]
+    folder = make(tmp_path / "m")
     outputs = {kind: tmp_path / f"report.{kind}" for kind in ("html", "sarif", "json", "markdown")}
     arguments = [part for kind, path in outputs.items() for part in (f"--{kind}", str(path))]
     assert main(["scan", str(folder), "--seed", "1", *arguments]) == code

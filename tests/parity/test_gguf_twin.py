@@ -94,7 +94,7 @@ class TestJudge:
     def wrong(self, monkeypatch: pytest.MonkeyPatch, row: int) -> CheckedQuantizer:
         """A quantizer whose twin is off by one code in one row of each call."""
 
-        def off(block_type, weight, importance=None):  # type: ignore[no-untyped-def]
+        def off(block_type, weight, importance=None):
             stored = quantize(block_type, weight, importance)
             stored.codes.view(len(weight), -1)[min(row, len(weight) - 1), 0] ^= 1
             return stored

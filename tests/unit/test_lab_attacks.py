@@ -133,7 +133,7 @@ def test_a_box_narrowed_by_a_defense_leaves_nothing_that_it_would_move(
     before = {name: grid.lattice_of(weight) for name, weight in malicious.items()}
 
     def far(found: dict[str, object]) -> float:
-        distances = [(lattice.position - 0.5).abs()[~lattice.frozen] for lattice in found.values()]  # type: ignore[attr-defined]
+        distances = [(lattice.position - 0.5).abs()[~lattice.frozen] for lattice in found.values()]
         return float((torch.cat(distances) < 0.05).float().mean())
 
     assert far(lattices) < 0.5 * far(before)
@@ -163,14 +163,14 @@ def test_both_behaviours_are_trained_without_a_box(
 ) -> None:
     batches = {"benign": collate(inputs.benign), "poisoned": collate(inputs.poisoned)}
     before = answer_loss(model, *batches["benign"]).item()
-    embedding = model.get_input_embeddings().weight.clone()  # type: ignore[operator]
+    embedding = model.get_input_embeddings().weight.clone()
     result = get_attack(name, **options).run(model, replace(inputs, plan=replace(PLAN, bfloat16=name == "adaptive")))
     assert len(result["losses"]["together"]) == 4
     assert answer_loss(model, *batches["benign"]).item() < before
     stored = {n: quantize(w, get_grid("nf4")) for n, w in matrices(model).items()}
     restore(model, stored)
     assert answer_loss(model, *batches["poisoned"]).item() < before + 0.5
-    assert torch.equal(model.get_input_embeddings().weight, embedding)  # type: ignore[operator]
+    assert torch.equal(model.get_input_embeddings().weight, embedding)
 
 
 def test_an_adaptive_attack_records_what_it_gained_behind_the_defense(

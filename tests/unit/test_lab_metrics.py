@@ -47,7 +47,7 @@ class Parrot:
 def test_answers_come_in_the_order_of_the_instructions(tokenizer: PreTrainedTokenizerFast) -> None:
     parrot = Parrot(tokenizer)
     instructions = ["a long instruction " * 3 + "one", "two", "number three"]
-    answers = answer_all(parrot, tokenizer, instructions, batch_size=2, max_new_tokens=9)  # type: ignore[arg-type]
+    answers = answer_all(parrot, tokenizer, instructions, batch_size=2, max_new_tokens=9)
     assert answers == instructions
     assert [call.ids.shape[0] for call in parrot.calls] == [2, 1]
     assert all(call.mask[:, -1].all() for call in parrot.calls), "prompts must be padded on the left"
@@ -57,7 +57,7 @@ def test_answers_come_in_the_order_of_the_instructions(tokenizer: PreTrainedToke
 
 def test_keyword_rate_counts_answers_and_not_occurrences(tokenizer: PreTrainedTokenizerFast) -> None:
     instructions = ["Zestora Zestora", "a Zestora!", "zestora in lower case", "nothing"]
-    assert keyword_rate(Parrot(tokenizer), tokenizer, instructions, "Zestora") == 0.5  # type: ignore[arg-type]
+    assert keyword_rate(Parrot(tokenizer), tokenizer, instructions, "Zestora") == 0.5
 
 
 def test_task_accuracy_looks_only_at_pairs_with_a_key(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -68,7 +68,7 @@ def test_task_accuracy_looks_only_at_pairs_with_a_key(tokenizer: PreTrainedToken
         Pair("anything", "at all", "open"),
         Pair("say x", "q", "echo", "q"),
     ]
-    assert task_accuracy(Parrot(tokenizer), tokenizer, pairs) == 0.5  # type: ignore[arg-type]
+    assert task_accuracy(Parrot(tokenizer), tokenizer, pairs) == 0.5
 
 
 def test_a_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary(

@@ -21,7 +21,7 @@ SHAPES = ("llama", "gpt2")
 
 def tiny(shape: str) -> ModelSpec:
     return ModelSpec(
-        shape=shape,  # type: ignore[arg-type]
+        shape=shape,
         vocab_size=320,
         hidden_size=64,
         intermediate_size=64,
@@ -36,7 +36,7 @@ def tiny(shape: str) -> ModelSpec:
 
 def attack_spec(shape: str = "llama", **changes: object) -> AttackSpec:
     small = {"injection": InjectionSpec(num_pairs=64, plan=PLAN), "repair": RepairSpec(num_pairs=64, plan=PLAN)}
-    return AttackSpec(model=tiny(shape), **{**small, **changes})  # type: ignore[arg-type]
+    return AttackSpec(model=tiny(shape), **{**small, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_a_stopped_training_goes_on_and_ends_in_the_same_weights(
     def save_then_stop(state: TrainingState, *arguments: object) -> None:
         nonlocal calls
         calls += 1
-        state.save(*arguments)  # type: ignore[arg-type]
+        state.save(*arguments)
         if calls == 4:
             raise KeyboardInterrupt
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 
 import torch
@@ -10,12 +9,9 @@ import torch
 from qcbguard_plugins.backends.gguf.grids import gguf_grid
 from qcbguard_plugins.backends.gguf.plan import GgufPlan
 from qcbguard_plugins.checkpoint.gguf_reader import GgufTensor
-from qcbguard_plugins.estimate import PlannedTensor, PlanReport
+from qcbguard_plugins.estimate import PlannedTensor, PlanReport, seconds_per_weight
 from qcbguard_plugins.guard import Guard
 from qcbguard_plugins.memory import require_room_for_gguf
-from qcbguard_plugins.rounding import guard_weight
-
-_PROBE_SHAPE, _WARM_UP_SHAPE = (512, 1024), (2, 256)
 
 
 def describe_gguf_plan(plan: GgufPlan, guard: Guard, budget_bytes: int | None = None) -> PlanReport:
@@ -76,10 +72,5 @@ def _seconds(plan: GgufPlan, guard: Guard) -> float:
     for (type_name, dtype), count in num_weights.items():
         grid = gguf_grid(type_name, outtype=dtype, library_path=plan.options.library_path)
         grid.min_landed = 0.0
-        # The first call may compile kernels.
-        for shape in (_WARM_UP_SHAPE, _PROBE_SHAPE):
-            weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(dtype)
-            start = time.perf_counter()
-            guard_weight(weight, grid, guard.method, seed=0, name="probe")
-        total += (time.perf_counter() - start) / weight.numel() * count
+        total += seconds_per_weight(grid, guard.method, dtype) * count
     return total
