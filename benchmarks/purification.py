@@ -168,7 +168,7 @@ def score_entries(model: MaliciousSpec) -> Iterator[Entry]:
     yield entry("no suppression", model, APART.model_copy(update={"ratio": 0.0}), method="fine-tuning")
     yield entry("by lot", model, APART, method="random-channels")
     for score in ("norm", "alignment", "combined", "activation"):
-        yield entry(score, model, EIGHT.model_copy(update={"score": score}), variants=list(range(6)))
+        yield entry(score, model, APART.model_copy(update={"score": score}))
 
 
 def transfer_entries(model: MaliciousSpec) -> Iterator[Entry]:
