@@ -303,7 +303,7 @@ def main() -> None:
             kept[part] = cells
             if part == "main":
                 shown = [NONE, "fine-tuning", "magnitude pruning, 0.65", "CROW", OURS]
-                draw_attacks(cells, [CLEAN, *shown], arguments.out / "purification-attacks.svg")
+                draw_attacks(cells, shown, arguments.out / "purification-attacks.svg")
             if part in ("ratio", "variants"):
                 draw_curve(cells, labels, title, arguments.out / f"purification-{part}.svg")
     (arguments.out / "purification.md").write_text("\n".join(sections), encoding="utf-8")
