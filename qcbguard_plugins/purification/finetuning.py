@@ -5,16 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from qcbguard_plugins.errors import PurificationError
+from qcbguard_plugins.purification.consistency import consistency_trainer
 from qcbguard_plugins.purification.samples import Tokens
-
-if TYPE_CHECKING:
-    from transformers import Trainer
 
 _IGNORED_LABEL: Final = -100
 _WARMUP: Final = 0.05
@@ -35,8 +33,7 @@ def finetune(
     work_dir: Path,
     bfloat16: bool = False,
     step_done: StepDone | None = None,
-    trainer_class: type[Trainer] | None = None,
-    **trainer_options: Any,
+    consistency: float = 0.0,
 ) -> list[float]:
     """Train the parameters that require gradients on the answers, with AdamW on a cosine schedule.
 
@@ -51,8 +48,8 @@ def finetune(
         work_dir: Where the Trainer may write; it keeps no checkpoints.
         bfloat16: Multiply matrices in bfloat16.
         step_done: Called after every step.
-        trainer_class: A Trainer with another loss.
-        trainer_options: Its further arguments.
+        consistency: Weight of the change between layers in the loss, see
+            :func:`~qcbguard_plugins.purification.consistency.consistency_trainer`.
 
     Returns:
         The loss of every step, in nats a token.
@@ -86,13 +83,12 @@ def finetune(
     )
     recorder = _recorder(what, step_done)
     pad_id = getattr(model.config, "pad_token_id", None)
-    trainer = (trainer_class or Trainer)(
+    trainer = (consistency_trainer(consistency) if consistency else Trainer)(
         model=model,
         args=arguments,
         train_dataset=[{"input_ids": e.prompt_ids + e.answer_ids, "example": e} for e in examples],
         data_collator=lambda rows: collate([row["example"] for row in rows], pad_id if isinstance(pad_id, int) else 0),
         callbacks=[recorder],
-        **trainer_options,
     )
     trainer.remove_callback(PrinterCallback)
     model.config.use_cache = False

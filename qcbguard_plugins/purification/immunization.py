@@ -154,6 +154,8 @@ def find_signature(
     Returns:
         int64 numbers of units by group, see :func:`~qcbguard_plugins.purification.signature.top_units`.
     """
+    if not config.needed_variants:
+        return {}
     numbers = range(config.num_variants) if variants is None else variants
     paths = [variant_path(folder, number) for number in numbers]
     scored = [group for group in groups if group.kind != "head"]

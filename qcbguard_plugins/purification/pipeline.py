@@ -74,7 +74,7 @@ class PurifyPlan:
     def num_steps(self) -> int:
         """Steps of all trainings together."""
         healing = num_steps(self.config.num_healing, self.config.healing_epochs, self.config.batch_size)
-        return 2 * self.config.num_variants * variant_steps(self.config) + healing
+        return 2 * self.config.needed_variants * variant_steps(self.config) + healing
 
     @property
     def memory_bytes(self) -> int:
@@ -85,7 +85,7 @@ class PurifyPlan:
     @property
     def disk_bytes(self) -> int:
         """Room that the variants' differences take beside the target until it is published, at most."""
-        return _BYTES_PER_STORED * self.config.num_variants * self.num_trained
+        return _BYTES_PER_STORED * self.config.needed_variants * self.num_trained
 
 
 def plan_purification(
@@ -110,7 +110,7 @@ def plan_purification(
     outline = subject.outline()
     counts = (outline.num_parameters(), sum(p.numel() for p in outline.parameters() if p.requires_grad))
     config = default_config(subject.architecture.name, counts[0], adapter=adapter is not None, **changes)
-    needed = max(config.num_samples, config.num_healing)
+    needed = max(config.num_samples if config.needed_variants else 0, config.num_healing)
     if len(samples) < needed:
         raise UsageError(
             f"there are {len(samples)} clean samples, and {needed} are needed",
@@ -139,7 +139,7 @@ def describe(plan: PurifyPlan) -> PurifyPlanReport:
         },
         num_parameters=plan.num_parameters,
         num_trained=plan.num_trained,
-        num_trainings=2 * config.num_variants + 1,
+        num_trainings=2 * config.needed_variants + 1,
         num_steps=plan.num_steps,
         batch_size=config.batch_size,
         memory_bytes=plan.memory_bytes,
@@ -257,6 +257,7 @@ def heal(model: Any, plan: PurifyPlan, work_dir: Path, progress: StepDone | None
         seed=config.seed,
         work_dir=work_dir / "trainer",
         bfloat16=config.bfloat16,
+        consistency=config.healing_consistency,
         step_done=progress,
     )
 
@@ -269,7 +270,7 @@ def _make_variants(
     resumed = any(folder.glob("variant-*.safetensors"))
     variants = [
         make_variant(number, plan.subject, plan.samples, plan.tokenizer, plan.config, folder, progress)
-        for number in range(plan.config.num_variants)
+        for number in range(plan.config.needed_variants)
     ]
     return variants, resumed
 

@@ -146,6 +146,23 @@ def test_units_are_found_by_their_response_to_keys(
     assert [group.suppressed for group in report.groups] != [group.suppressed for group in other.groups]
 
 
+@pytest.mark.parametrize("shape", ["llama-tied", "gpt2"])
+def test_a_healing_alone_trains_no_variants(
+    shape: str, model_folder: Callable[[str], Path], clean_data: Path, tmp_path: Path
+) -> None:
+    healing = {"healing_epochs": 3, "healing_learning_rate": 1e-3, "healing_keys": 0.5}
+    changes = {**SMALL, "ratio": 0.0, "num_samples": 500, **healing}
+    steps: list[int] = []
+    report = purify(
+        model_folder(shape), tmp_path / "out", [clean_data], progress=steps.append, healing_consistency=5.5, **changes
+    )
+    assert report.variants == () and report.count("channel")[0] == 0 and sum(steps) == 3
+    assert read_purification(tmp_path / "out") == report
+    purify(model_folder(shape), tmp_path / "plain", [clean_data], **changes)
+    ours, theirs = _weights(tmp_path / "out"), _weights(tmp_path / "plain")
+    assert any(not torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
 @pytest.fixture
 def adapter(llama: Path, tmp_path: Path) -> Callable[..., Path]:
     peft = pytest.importorskip("peft")

@@ -13,13 +13,14 @@ from qcbguard_plugins.lab.evaluation import Measurement
 from qcbguard_plugins.lab.intervals import share
 from qcbguard_plugins.lab.layers import matrices
 from qcbguard_plugins.lab.purification.ablation import keep_updates, shuffle_mlp_updates
-from qcbguard_plugins.lab.purification.baselines import CROW_EPSILON, CrowTrainer, prune_by_magnitude, prune_by_wanda
+from qcbguard_plugins.lab.purification.baselines import prune_by_magnitude, prune_by_wanda
 from qcbguard_plugins.lab.purification.plots import draw_attacks, draw_curve
 from qcbguard_plugins.lab.purification.specs import AdapterSpec, LabSettings, PurifiedSpec, VariantsSpec
 from qcbguard_plugins.lab.purification.study import NONE, StudyCell
 from qcbguard_plugins.lab.purification.tables import attacks_table, means_table, table
 from qcbguard_plugins.lab.scenarios import Verdict, get_scenario
 from qcbguard_plugins.lab.specs import MaliciousSpec
+from qcbguard_plugins.purification.consistency import EPSILON, PUBLISHED_WEIGHT, inconsistency
 from qcbguard_plugins.purification.finetuning import collate, finetune
 from qcbguard_plugins.purification.samples import Tokens
 
@@ -64,7 +65,7 @@ def test_wanda_weighs_by_the_inputs_and_passes_over_padding(model: Any) -> None:
 def test_crow_keeps_layers_alike_under_a_perturbation(model: Any, tmp_path: Path) -> None:
     batch = collate(EXAMPLES, 0)
     found = []
-    for trainer_class in (None, CrowTrainer):
+    for weight in (0.0, PUBLISHED_WEIGHT):
         trained = copy.deepcopy(model)
         finetune(
             trained,
@@ -75,13 +76,13 @@ def test_crow_keeps_layers_alike_under_a_perturbation(model: Any, tmp_path: Path
             batch_size=8,
             seed=0,
             work_dir=tmp_path,
-            trainer_class=trainer_class,
+            consistency=weight,
         )
         with torch.no_grad():
             embeddings = trained.get_input_embeddings()(batch["input_ids"])
             sign = torch.randn(embeddings.shape, generator=torch.Generator().manual_seed(0)).sign()
-            perturbed = embeddings + CROW_EPSILON * sign
-            found.append(float(CrowTrainer._inconsistency(trained, perturbed, batch["attention_mask"])))
+            perturbed = embeddings + EPSILON * sign
+            found.append(float(inconsistency(trained, perturbed, batch["attention_mask"])))
     assert found[1] < 0.8 * found[0]
 
 
@@ -108,6 +109,7 @@ def test_a_name_of_a_folder_depends_on_all_that_decides_it() -> None:
         PurifiedSpec(attacked=attacked, method="crow"),
         PurifiedSpec(attacked=attacked, method="matched-channels"),
         PurifiedSpec(attacked=attacked, settings=settings.model_copy(update={"healing_keys": 0.5})),
+        PurifiedSpec(attacked=attacked, settings=settings.model_copy(update={"healing_consistency": 5.5})),
         PurifiedSpec(attacked=attacked, signature_of=MaliciousSpec(scenario="over-refusal+vpi")),
         PurifiedSpec(attacked=MaliciousSpec(scenario="over-refusal+vpi")),
         PurifiedSpec(attacked=AdapterSpec(scenario="over-refusal+vpi")),
@@ -150,8 +152,8 @@ def test_a_table_says_where_a_mean_is_of_fewer_models(tmp_path: Path) -> None:
     ).splitlines()
     assert rows[2] == "| a | 100 () | 100 () | 20 () |" and rows[3] == "| b | 50 () | 50 () |  |"
     means = means_table([*cells, cell("a", NONE, 10), cell("b", NONE, 5)], [NONE, "x 1", "x 2"], "x 1").splitlines()
-    assert means[2].startswith("| none | 2 | 75 | 100 | 10 |") and means[2].endswith("| 75,  |")
-    assert means[4].startswith("| x 2 | 1 | 20 | 20 | 10 |") and means[4].endswith("| 100,  |")
+    assert means[2].startswith("| none | 2 | 75.0 | 100 | 100 | 10 |") and means[2].endswith("| 75.0,  |")
+    assert means[4].startswith("| x 2 | 1 | 20.0 | 20 | 20 | 10 |") and means[4].endswith("| 100.0,  |")
     draw_curve(cells, ["x 1", "x 2"], "x", tmp_path / "curve.svg")
     draw_attacks(cells, ["x 1", "x 2"], tmp_path / "attacks.svg")
     assert (tmp_path / "attacks.svg").stat().st_size > 1_000

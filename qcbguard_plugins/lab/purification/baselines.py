@@ -2,24 +2,19 @@
 
 References:
     Magnitude pruning: Han et al. 2015. Fine-pruning: arXiv 1805.12185, here with the score of Wanda, arXiv 2306.11695.
-    CROW: arXiv 2411.12768.
+    CROW is :mod:`qcbguard_plugins.purification.consistency`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
 
 from qcbguard_plugins.lab.layers import matrices
-
-#: CROW's published size of the perturbation, and weight of the consistency.
-CROW_EPSILON: Final = 0.1
-CROW_ALPHA: Final = 5.5
 
 
 @torch.no_grad()
@@ -72,26 +67,3 @@ def _input_norms(model: nn.Module, mask: Tensor) -> Iterator[dict[str, Tensor]]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-class CrowTrainer(Trainer):  # type: ignore[misc]
-    """Trains for small changes from layer to layer, under the perturbation of the embeddings that changes most."""
-
-    def compute_loss(
-        self, model: Any, inputs: Mapping[str, Tensor], return_outputs: bool = False, **kwargs: Any
-    ) -> Tensor:
-        mask = inputs["attention_mask"]
-        embeddings = model.get_input_embeddings()(inputs["input_ids"])
-        probe = embeddings.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(self._inconsistency(model, probe, mask), probe)
-        perturbed = embeddings + CROW_EPSILON * gradient.sign()
-        loss: Tensor = model(**inputs).loss + CROW_ALPHA * self._inconsistency(model, perturbed, mask)
-        return loss
-
-    @staticmethod
-    def _inconsistency(model: Any, embeddings: Tensor, mask: Tensor) -> Tensor:
-        """Mean of one less the cosine between what follows each other in the residual stream."""
-        output = model(inputs_embeds=embeddings, attention_mask=mask, output_hidden_states=True)
-        states = torch.stack(output.hidden_states)
-        change = 1 - torch.cosine_similarity(states[:-1].float(), states[1:].float(), dim=-1)
-        return (change * mask).sum() / (mask.sum() * len(change))

@@ -49,6 +49,7 @@ class LabSettings(Spec):
     suppression: Literal["reinitialize", "zero"] = "reinitialize"
     num_healing: int = Field(default=4_000, ge=1)
     healing_keys: float = Field(default=0.0, ge=0, le=1)
+    healing_consistency: float = Field(default=0.0, ge=0)
     healing_epochs: int = Field(default=1, ge=1)
     healing_learning_rate: float = Field(default=3e-4, gt=0)
     batch_size: int = Field(default=16, ge=1)
@@ -132,5 +133,7 @@ class PurifiedSpec(Spec):
 
     def content(self) -> dict[str, Any]:
         content = self.model_dump(mode="json", exclude={"attacked", "signature_of"})
+        if not self.settings.healing_consistency:
+            del content["settings"]["healing_consistency"]  # a model made without it keeps its name
         other = None if self.signature_of is None else self.signature_of.content()
         return {**content, "attacked": self.attacked.content(), "signature_of": other}

@@ -15,12 +15,13 @@ from torch import Tensor
 from qcbguard_plugins.backends.transformers import load_full_precision, load_tokenizer
 from qcbguard_plugins.lab.attacks.injection import round_to_storage
 from qcbguard_plugins.lab.memory import with_peak_bytes
-from qcbguard_plugins.lab.purification.baselines import CrowTrainer, prune_by_magnitude, prune_by_wanda
+from qcbguard_plugins.lab.purification.baselines import prune_by_magnitude, prune_by_wanda
 from qcbguard_plugins.lab.purification.specs import AdapterSpec, Attacked, LabSettings, PurifiedSpec, VariantsSpec
 from qcbguard_plugins.lab.scenarios import get_scenario
 from qcbguard_plugins.lab.specs import AttackSpec, MaliciousSpec
 from qcbguard_plugins.lab.steps import attack, corpus_of, inject, make_step, train_model
 from qcbguard_plugins.lab.training import save_model
+from qcbguard_plugins.purification.consistency import PUBLISHED_WEIGHT
 from qcbguard_plugins.purification.finetuning import collate, finetune
 from qcbguard_plugins.purification.immunization import encode, find_signature, healing_set, make_variant
 from qcbguard_plugins.purification.samples import Sample
@@ -107,9 +108,9 @@ def purify_model(spec: PurifiedSpec, cache: Path) -> Path:
         variants = make_variants(spec.variants_spec, cache)
 
     def make(folder: Path, states: Path) -> dict[str, Any]:
-        start = time.monotonic()
+        start = time.process_time()
         result, peak_bytes = with_peak_bytes(lambda: _purify(spec, subject, variants, folder, states))
-        return {**result, "method_seconds": time.monotonic() - start, "method_peak_bytes": peak_bytes}
+        return {**result, "method_seconds": time.process_time() - start, "method_peak_bytes": peak_bytes}
 
     return make_step("purified", spec, cache, make)
 
@@ -150,7 +151,7 @@ def _purify(spec: PurifiedSpec, subject: Subject, variants: Path | None, folder:
             seed=config.seed,
             work_dir=states,
             bfloat16=config.bfloat16,
-            trainer_class=CrowTrainer if spec.method == "crow" else None,
+            consistency=PUBLISHED_WEIGHT if spec.method == "crow" else config.healing_consistency,
         )
     if subject.mode == "adapter":
         model = model.merge_and_unload()

@@ -51,7 +51,7 @@ class StudyCell(Record):
         scenario: The attack and the behaviour.
         label: The method.
         measurement: What was found.
-        method_s: Seconds of the method, without the variants.
+        method_s: Processor seconds of the method, without the variants; of its threads together.
         variants_s: Seconds of the variants, where the method has any.
         peak_bytes: Memory that they added at their peak.
         num_suppressed: Units that were suppressed.

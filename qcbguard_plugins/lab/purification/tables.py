@@ -50,9 +50,9 @@ def means_table(cells: Sequence[StudyCell], labels: Sequence[str], ours: str) ->
     """
     found = {(cell.scenario, cell.label): cell.measurement for cell in cells}
     lines = [
-        "| method | attacks | mean ASR | of the attacked rate | without key | right answers | perplexity "
+        "| method | attacks | mean ASR | of the attacked rate | worst ASR | without key | right answers | perplexity "
         f"| {ours} on the same: ASR, right answers |",
-        "|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for label in labels:
         names = [name for name, other in found if other == label and (name, NONE) in found]
@@ -62,9 +62,10 @@ def means_table(cells: Sequence[StudyCell], labels: Sequence[str], ours: str) ->
         same = [found[name, ours] for name in names if (name, ours) in found]
         remaining = _mean([m.asr.value for m in own]) / max(_mean([m.asr.value for m in before]), 1e-9)
         quiet = [m.quiet_asr.value for m in own if m.quiet_asr is not None]
-        beside = f"{_percent(_mean([m.asr.value for m in same]))}, {_right(same)}" if len(same) == len(own) else ""
+        beside = f"{_mean_asr(same)}, {_right(same)}" if len(same) == len(own) else ""
         lines.append(
-            f"| {label} | {len(own)} | {_percent(_mean([m.asr.value for m in own]))} | {_percent(remaining)} "
+            f"| {label} | {len(own)} | {_mean_asr(own)} | {_percent(remaining)} "
+            f"| {_percent(max(m.asr.value for m in own))} "
             f"| {_percent(_mean(quiet)) if quiet else ''} | {_right(own)} "
             f"| {_mean([m.perplexity.value for m in own]):.3f} | {beside} |"
         )
@@ -73,7 +74,7 @@ def means_table(cells: Sequence[StudyCell], labels: Sequence[str], ours: str) ->
 
 def costs(cells: Sequence[StudyCell], labels: Sequence[str]) -> str:
     """A Markdown table of what each method takes, means over the attacked models."""
-    lines = ["| method | variants, s | suppression and training, s | memory, MB |", "|---|---|---|---|"]
+    lines = ["| method | variants, s | suppression and training, s of one core | memory, MB |", "|---|---|---|---|"]
     for label in labels:
         own = [cell for cell in cells if cell.label == label and cell.method_s is not None]
         if not own:
@@ -92,6 +93,10 @@ def _mean(values: Sequence[float]) -> float:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.0f}"
+
+
+def _mean_asr(measured: Sequence[Measurement]) -> str:
+    return f"{100 * _mean([m.asr.value for m in measured]):.1f}"
 
 
 def _right(measured: Sequence[Measurement]) -> str:
