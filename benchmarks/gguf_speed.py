@@ -2,14 +2,16 @@
 
     python benchmarks/gguf_speed.py --llama-quantize BINARY
 
-Both run on the same number of threads; each time is one run, of the data-free default. The kernels are compiled before,
-as they are on every machine once: a first run takes about a minute longer. Reading and writing are part of both whole
-times, and so is the question to `llama-quantize --dry-run`, which the guard asks, and its flush to the disk, which
-`llama-quantize` leaves out. The guard's own part is the time that it spends on the tensors between reading and writing.
+Both run on the same number of threads, in turn; each time is the median of three runs, of the data-free default. The
+kernels are compiled before, as they are on every machine once: a first run takes about a minute longer. Reading and
+writing are part of both whole times, and so is the question to `llama-quantize --dry-run`, which the guard asks, and
+its flush to the disk, which `llama-quantize` leaves out. The guard's own part is the time that it spends on the tensors
+between reading and writing.
 """
 
 import argparse
 import json
+import statistics
 import subprocess
 import tempfile
 import time
@@ -23,6 +25,7 @@ from qcbguard_plugins.backends.gguf.file import GgufRun, guard_gguf
 from qcbguard_plugins.backends.gguf.options import GgufOptions
 
 HIDDEN, FFN, NUM_LAYERS = 2048, 5632, 3
+NUM_RUNS = 3
 RECIPES = ("Q4_0", "Q8_0", "Q2_K", "Q3_K_M", "Q4_K_M", "Q5_K_M", "Q6_K", "IQ4_XS")
 
 
@@ -82,6 +85,20 @@ class Clock:
         GgufRun.guard_tensor = timed
 
 
+def run(source: Path, recipe: str, binary: Path, clock: Clock) -> tuple[float, float, float]:
+    """Seconds of llama-quantize, of the guard, and of the guard's own part."""
+    target, guarded = source.with_name("quantized.gguf"), source.with_name("guarded.gguf")
+    start = time.perf_counter()
+    command = [str(binary), str(source), str(target), recipe, str(torch.get_num_threads())]
+    subprocess.run(command, check=True, capture_output=True)
+    stock = time.perf_counter() - start
+    clock.elapsed_s, start = 0.0, time.perf_counter()
+    guard_gguf(source, guarded, recipe, options=GgufOptions(quantize_path=binary))
+    ours = time.perf_counter() - start
+    guarded.unlink()
+    return stock, ours, clock.elapsed_s
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description="The guard's time beside llama-quantize's.")
@@ -95,25 +112,16 @@ def main() -> None:
         source = Path(name) / "model.gguf"
         num_weights = write_model(source)
         print(f"{num_weights / 1e6:.0f} M weights, {source.stat().st_size / 1e6:.0f} MB, {threads} threads\n")
-        print("| recipe | llama-quantize s | guard s | ratio | own s | ratio | codes landed |\n" + "|---" * 7 + "|")
+        print("| recipe | llama-quantize s | guard s | ratio | own s | ratio |\n" + "|---" * 6 + "|")
         warm_up(Path(name), args.llama_quantize, args.recipe or RECIPES)
         for recipe in args.recipe or RECIPES:
-            target, guarded = Path(name) / "quantized.gguf", Path(name) / "guarded.gguf"
-            start = time.perf_counter()
-            command = [str(args.llama_quantize), str(source), str(target), recipe, str(threads)]
-            subprocess.run(command, check=True, capture_output=True)
-            stock = time.perf_counter() - start
-            clock.elapsed_s, start = 0.0, time.perf_counter()
-            report = guard_gguf(source, guarded, recipe, options=GgufOptions(quantize_path=args.llama_quantize))
-            ours = time.perf_counter() - start
-            own = clock.elapsed_s
+            runs = [run(source, recipe, args.llama_quantize, clock) for _ in range(NUM_RUNS)]
+            stock, ours, own = (statistics.median(times) for times in zip(*runs, strict=True))
             print(
-                f"| {recipe} | {stock:.2f} | {ours:.2f} | {ours / stock:.2f} | {own:.2f} | {own / stock:.2f} | "
-                f"{report.share_landed:.3%} |",
+                f"| {recipe} | {stock:.2f} | {ours:.2f} | {ours / stock:.2f} | {own:.2f} | {own / stock:.2f} |",
                 flush=True,
             )
             rows.append({"recipe": recipe, "stock_s": stock, "guard_s": ours, "own_s": own})
-            guarded.unlink()
     if args.json:
         report = {"num_weights": num_weights, "threads": threads, "rows": rows}
         args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

@@ -26,9 +26,10 @@ from qcbguard_plugins.guarded_weight import GuardedWeight, digest_of_rows, row_d
 from qcbguard_plugins.landing_steps import choose_points, compare, correct, measure
 from qcbguard_plugins.threads import map_over_threads
 
-# Rows are worked on in runs of about this many weights, which stay in a processor's cache. Each has random draws of its
-# own, and rows do not depend on each other, so any thread may take any run.
-_WEIGHTS_PER_RUN = 1 << 17
+# Rows are worked on in runs of about this many weights. Shorter ones stay in a nearer cache, but more often have
+# threads wait for the interpreter. Each has random draws of its own, and rows do not depend on each other, so any
+# thread may take any run.
+_WEIGHTS_PER_RUN = 1 << 19
 # What landing keeps of its choices is held for this many weights at a time.
 _WEIGHTS_PER_SEGMENT = 1 << 23
 _MAX_ROUNDS = 4

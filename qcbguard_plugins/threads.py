@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import lru_cache
+from threading import Barrier
 from typing import TypeVar
 
 import torch
@@ -16,9 +19,6 @@ R = TypeVar("R")
 def map_over_threads(work: Callable[[T], R], items: Sequence[T]) -> list[R]:
     """Call ``work`` for every item, on as many threads as torch may use.
 
-    Each thread keeps torch from splitting its operations further: with dozens of them for a part that fits the cache,
-    the barriers would cost more than they bring, and very much more on a machine that is busy.
-
     Args:
         work: Must not depend on the order of the calls.
         items: What to call it with.
@@ -26,16 +26,14 @@ def map_over_threads(work: Callable[[T], R], items: Sequence[T]) -> list[R]:
     Returns:
         The results, in the order of the items.
     """
-    num_threads = torch.get_num_threads()
-    workers = min(num_threads, len(items))
-    if workers <= 1:
+    if _num_workers(items) <= 1:
         return [work(item) for item in items]
+    pool = _pool(torch.get_num_threads())
+    futures = [pool.submit(work, item) for item in items]
     try:
-        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return list(pool.map(work, items))
+        return [future.result() for future in futures]
     finally:
-        # The setting of this thread was never touched; this is for threads that the caller starts later.
-        torch.set_num_threads(num_threads)
+        _finish(futures)
 
 
 def stream_over_threads(work: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
@@ -48,18 +46,57 @@ def stream_over_threads(work: Callable[[T], R], items: Sequence[T]) -> Iterator[
     Yields:
         The results, in the order of the items. At most one a thread and one more wait for the caller.
     """
-    num_threads = torch.get_num_threads()
-    workers = min(num_threads, len(items))
+    workers = _num_workers(items)
     if workers <= 1:
         yield from map(work, items)
         return
+    pool = _pool(torch.get_num_threads())
+    started = deque(pool.submit(work, item) for item in items[: workers + 1])
     try:
-        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            started = deque(pool.submit(work, item) for item in items[: workers + 1])
-            for item in items[workers + 1 :]:
-                yield started.popleft().result()
-                started.append(pool.submit(work, item))
-            while started:
-                yield started.popleft().result()
+        for item in items[workers + 1 :]:
+            yield started[0].result()
+            started.popleft()
+            started.append(pool.submit(work, item))
+        while started:
+            yield started[0].result()
+            started.popleft()
     finally:
+        _finish(started)
+
+
+def _num_workers(items: Sequence[T]) -> int:
+    return min(torch.get_num_threads(), len(items))
+
+
+def _finish(futures: Sequence[Future[R]]) -> None:
+    """Where one failed, no other may go on with memory that the caller takes back."""
+    for future in futures:
+        future.cancel()
+    wait(futures)
+
+
+@lru_cache(maxsize=2)
+def _pool(num_threads: int) -> ThreadPoolExecutor:
+    """Threads that stay for the next tensor: the memory that a new one works in has to be mapped page by page.
+
+    Each keeps torch from splitting its operations further: with dozens of them for a part that fits the cache, the
+    barriers would cost more than they bring, and very much more on a machine that is busy.
+    """
+    pool, all_started = ThreadPoolExecutor(num_threads), Barrier(num_threads)
+
+    def start(_: int) -> None:
+        # The first question in a thread gives it the setting of the process, so it has to come before its own.
+        torch.get_num_threads()
+        torch.set_num_threads(1)
+        all_started.wait()
+
+    try:
+        list(pool.map(start, range(num_threads)))
+    finally:
+        # The setting of this thread was never touched; this is for threads that the caller starts later.
         torch.set_num_threads(num_threads)
+    return pool
+
+
+# A process that was forked has none of the threads.
+os.register_at_fork(after_in_child=_pool.cache_clear)

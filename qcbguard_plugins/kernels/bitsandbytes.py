@@ -14,12 +14,10 @@ from qcbguard_plugins.grids.codebook import CodebookGrid
 from qcbguard_plugins.grids.int8 import SMALLEST_ABSMAX, Int8Grid
 from qcbguard_plugins.kernels import places, stochastic
 from qcbguard_plugins.kernels.compiler import Array
+from qcbguard_plugins.kernels.half import DTYPES
 from qcbguard_plugins.threads import map_over_threads
 
 _EMPTY = np.zeros(0, np.float32)
-_DTYPES = {
-    torch.float32: stochastic.FLOAT32, torch.float16: stochastic.FLOAT16, torch.bfloat16: stochastic.BFLOAT16
-}  # fmt: skip
 # A multiple of every block size; a run and what is computed of it stay in a processor's cache.
 _WEIGHTS_PER_RUN = 1 << 16
 
@@ -67,7 +65,7 @@ def round_run(
         tables, smallest = (_EMPTY, _EMPTY, _EMPTY), SMALLEST_ABSMAX
     num_moved, num_frozen, is_finite = stochastic.round_run(
         weights.numpy(), stored.numpy(), draws.numpy(), min(num_weights, source.numel()), *tables,
-        np.float32(smallest), _DTYPES[source.dtype], outcome.numpy(), codes.numpy(), sums,
+        np.float32(smallest), DTYPES[source.dtype], outcome.numpy(), codes.numpy(), sums,
     )  # fmt: skip
     if outcome is not guarded:
         guarded.copy_(outcome)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from qcbguard_plugins.kernels.compiler import kernel, statistic
-from qcbguard_plugins.kernels.half import to_bfloat16, to_half
+from qcbguard_plugins.kernels.half import round_to
 from qcbguard_plugins.kernels.places import (
     HALF,
     INVERSE_MAX_CODE,
@@ -20,8 +20,6 @@ from qcbguard_plugins.kernels.places import (
     place_in_row,
 )
 
-#: Dtypes in which a weight is stored.
-FLOAT32, FLOAT16, BFLOAT16 = range(3)
 # Beside a midpoint only the quantizer's own arithmetic tells what is nearest, see qcbguard_plugins.grids.base.
 _DOUBTFUL = np.float32(0.5 - 1e-4)
 
@@ -79,12 +77,7 @@ def round_run(
         else:
             for i in range(size):
                 values[i] = levels[np.uint32(chosen[i])] * scale
-        if dtype == BFLOAT16:
-            for i in range(size):
-                values[i] = to_bfloat16(values[i])
-        elif dtype == FLOAT16:
-            for i in range(size):
-                values[i] = to_half(values[i])
+        round_to(values, dtype)
         for i in range(size):
             values[i] = stored[block, i] if abs(weights[block, i]) >= frozen_from else values[i]
         count = min(size, num_weights - block * size)

@@ -12,9 +12,8 @@ from qcbguard_plugins.backends.gguf.twin.arithmetic import ONE, ZERO
 from qcbguard_plugins.backends.gguf.twin.places import TOP_OF_8_BITS, code_of, divisor_of, order_of, value_of
 from qcbguard_plugins.draws import GROUP
 from qcbguard_plugins.kernels.compiler import kernel, statistic
-from qcbguard_plugins.kernels.half import to_bfloat16, to_half
+from qcbguard_plugins.kernels.half import load, round_to, store, to_half
 from qcbguard_plugins.kernels.philox import fill_groups, round_keys
-from qcbguard_plugins.kernels.stochastic import BFLOAT16, FLOAT16
 
 # Weights a block, of every type with a formula.
 SIZE = 32
@@ -30,13 +29,13 @@ _SECOND = np.int32(1 << 16)
 
 @kernel
 def guard_run(
-    weights, key0, key1, place, lowest_level, lowest, top, with_offset, dtype, guarded, codes, scales, offsets, counts,
+    source, key0, key1, place, lowest_level, lowest, top, with_offset, dtype, target, codes, scales, offsets, counts,
     sums,
 ):  # fmt: skip
     """Guard some blocks; see :mod:`qcbguard_plugins.landing` for what each step means.
 
     Args:
-        weights: float32 ``[num_blocks, SIZE]``, numbers of ``dtype``.
+        source: The weights in a row: float32, or the bits of a 16-bit dtype as uint16.
         key0: uint32, the low half of the key of the draws.
         key1: uint32, its high half.
         place: Place of the first weight, a multiple of ``SIZE``.
@@ -45,8 +44,8 @@ def guard_run(
         top: float32, the highest code.
         with_offset: True where both ends of a block hold its scale.
         dtype: That of the file.
-        guarded: float32 like ``weights``, the outcome, numbers of ``dtype``.
-        codes: uint8 like ``weights``, what is stored for that.
+        target: Like ``source``, the outcome; it may be ``source``.
+        codes: uint8 ``[num_blocks, SIZE]``, what is stored for that.
         scales: float32, one a block, the same.
         offsets: float32, one a block, the same.
         counts: int64 ``[3]``, the weights that moved, those that have no choice, and those that land.
@@ -55,62 +54,69 @@ def guard_run(
     Returns:
         False where a weight is not finite; then nothing counts.
     """
-    keys, num_blocks = round_keys(key0, key1), len(weights)
+    keys, num_blocks = round_keys(key0, key1), len(codes)
     draws = np.empty(_BLOCKS_PER_CHUNK * SIZE + GROUP, np.float32)
     lows, highs = np.empty(_BLOCKS_PER_CHUNK, np.int32), np.empty(_BLOCKS_PER_CHUNK, np.int32)
     wanted_scales, wanted_offsets = np.empty(_BLOCKS_PER_CHUNK, np.float32), np.empty(_BLOCKS_PER_CHUNK, np.float32)
     divisors, bases = np.empty(_BLOCKS_PER_CHUNK, np.float32), np.empty(_BLOCKS_PER_CHUNK, np.float32)
     wanted = np.empty((_BLOCKS_PER_CHUNK, SIZE), np.uint8)
-    flat, flat_guarded = weights.reshape(-1), guarded.reshape(-1)
+    weights, guarded = (
+        np.empty((_BLOCKS_PER_CHUNK, SIZE), np.float32),
+        np.empty((_BLOCKS_PER_CHUNK, SIZE), np.float32),
+    )
     for first in range(0, num_blocks, _BLOCKS_PER_CHUNK):
         count = min(_BLOCKS_PER_CHUNK, num_blocks - first)
+        flat, flat_guarded = weights.reshape(-1)[: count * SIZE], guarded.reshape(-1)[: count * SIZE]
+        part = slice(first * SIZE, (first + count) * SIZE)
+        load(source[part], dtype, flat)
         group, skipped = divmod(place + first * SIZE, GROUP)
         fill_groups(keys, group, draws[: -(-(skipped + count * SIZE) // GROUP) * GROUP])
-        if not _find_ends(weights, first, count, lows, highs):
+        # By block, as the weights are: a loop over a sum of two indices is not vectorized.
+        draws_here = draws[skipped : skipped + count * SIZE].reshape(-1, SIZE)
+        if not _find_ends(weights, count, lows, highs):
             return False
         _find_scales(
-            weights, first, count, lows, highs, lowest_level, top, with_offset, divisors, bases, wanted_scales,
+            weights, count, lows, highs, lowest_level, top, with_offset, divisors, bases, wanted_scales,
             wanted_offsets,
         )  # fmt: skip
         for i in range(count):
-            block, low, high, divisor, base = first + i, value_of(lows[i]), value_of(highs[i]), divisors[i], bases[i]
+            low, high, divisor, base = value_of(lows[i]), value_of(highs[i]), divisors[i], bases[i]
             if not with_offset:
                 high = high if high > -low else -low
                 low = -high
             both = _choose(
-                weights, block, draws, skipped + i * SIZE, wanted_scales[i], wanted_offsets[i], divisor, base, low,
-                high, lowest_level, lowest, top, with_offset, guarded, wanted, i,
+                weights, i, draws_here, wanted_scales[i], wanted_offsets[i], divisor, base, low, high, lowest_level,
+                lowest, top, with_offset, guarded, wanted,
             )  # fmt: skip
             counts[0] += both & (_SECOND - np.int32(1))
             counts[1] += both // _SECOND
-        part = slice(first * SIZE, (first + count) * SIZE)
-        _store(flat_guarded[part], dtype)
-        _find_ends(guarded, first, count, lows, highs)
+        round_to(flat_guarded, dtype)
+        store(flat_guarded, dtype, target[part])
+        _find_ends(guarded, count, lows, highs)
         _find_scales(
-            guarded, first, count, lows, highs, lowest_level, top, with_offset, divisors, bases,
+            guarded, count, lows, highs, lowest_level, top, with_offset, divisors, bases,
             scales[first : first + count], offsets[first : first + count],
         )  # fmt: skip
         for i in range(count):
             block = first + i
             counts[2] += _encode(
-                guarded, block, divisors[i], bases[i], scales[block], offsets[block], wanted, i, wanted_scales[i],
-                wanted_offsets[i], lowest_level, top, with_offset, codes,
+                guarded, i, divisors[i], bases[i], scales[block], offsets[block], wanted, wanted_scales[i],
+                wanted_offsets[i], lowest_level, top, with_offset, codes, block,
             )  # fmt: skip
             if wanted_scales[i] == ZERO:
                 for j in range(SIZE):
-                    sums[1] += weights[block, j] * weights[block, j]
-        energy, change = _measure(flat[part], flat_guarded[part])
+                    sums[1] += weights[i, j] * weights[i, j]
+        energy, change = _measure(flat, flat_guarded)
         sums[0] += energy
         sums[2] += change
     return True
 
 
 @kernel
-def _find_ends(weights, first, count, lows, highs):
+def _find_ends(weights, count, lows, highs):
     """What the smallest and the largest weight of each block sort as; false where a weight is not finite."""
-    last = first + count - 1
-    for start in range(0, count, _SIDE_BY_SIDE):
-        a = first + start
+    last = count - 1
+    for a in range(0, count, _SIDE_BY_SIDE):
         b, c, d = min(a + 1, last), min(a + 2, last), min(a + 3, last)
         low_a, low_b, low_c, low_d = _ABOVE, _ABOVE, _ABOVE, _ABOVE
         high_a, high_b, high_c, high_d = _BELOW, _BELOW, _BELOW, _BELOW
@@ -121,8 +127,8 @@ def _find_ends(weights, first, count, lows, highs):
             low_c, low_d = min(low_c, value_c), min(low_d, value_d)
             high_a, high_b = max(high_a, value_a), max(high_b, value_b)
             high_c, high_d = max(high_c, value_c), max(high_d, value_d)
-        lows[a - first], lows[b - first], lows[c - first], lows[d - first] = low_a, low_b, low_c, low_d
-        highs[a - first], highs[b - first], highs[c - first], highs[d - first] = high_a, high_b, high_c, high_d
+        lows[a], lows[b], lows[c], lows[d] = low_a, low_b, low_c, low_d
+        highs[a], highs[b], highs[c], highs[d] = high_a, high_b, high_c, high_d
     lowest, highest = lows[0], highs[0]
     for i in range(count):
         lowest, highest = min(lowest, lows[i]), max(highest, highs[i])
@@ -130,7 +136,7 @@ def _find_ends(weights, first, count, lows, highs):
 
 
 @kernel
-def _find_scales(weights, first, count, lows, highs, lowest_level, top, with_offset, divisors, bases, scales, offsets):
+def _find_scales(weights, count, lows, highs, lowest_level, top, with_offset, divisors, bases, scales, offsets):
     """What the weights of each block are divided by and begin at, and both as float16 keeps them."""
     num_tied = np.int32(0)
     if with_offset:
@@ -148,60 +154,50 @@ def _find_scales(weights, first, count, lows, highs, lowest_level, top, with_off
     if num_tied:
         for i in range(count):
             low, high = value_of(lows[i]), value_of(highs[i])
-            divisors[i], bases[i] = divisor_of(weights, first + i, low, high, lowest_level, top, with_offset)
+            divisors[i], bases[i] = divisor_of(weights, i, low, high, lowest_level, top, with_offset)
     for i in range(count):
         scales[i] = to_half(divisors[i])
 
 
 @kernel
 def _choose(
-    weights, block, draws, first_draw, scale, offset, divisor, base, low, high, lowest_level, lowest, top, with_offset,
-    guarded, wanted, row,
+    weights, row, draws, scale, offset, divisor, base, low, high, lowest_level, lowest, top, with_offset, guarded,
+    wanted,
 ):  # fmt: skip
     inverse = ONE / scale if scale != ZERO else ZERO
     inverse_divisor = ONE / divisor if divisor != ZERO else ZERO
     last, empty = top - ONE, scale == ZERO
     both = np.int32(0)
     for i in range(SIZE):
-        weight = weights[block, i]
+        weight = weights[row, i]
         nearest = np.int32(code_of(weight, inverse_divisor, base, top, with_offset))
         coordinate = (weight - offset) * inverse - lowest_level
         coordinate = coordinate if coordinate > lowest else lowest
         coordinate = coordinate if coordinate < top else top
         lower = min(np.float32(np.floor(coordinate)), last)
-        up = ONE if coordinate - lower > draws[first_draw + i] else ZERO
+        up = ONE if coordinate - lower > draws[row, i] else ZERO
         frozen = empty | (weight == low) | (weight == high)
         code = nearest if frozen else np.int32(lower + up)
         both += np.int32(code != nearest) + (_SECOND if frozen else np.int32(0))
         value = (np.float32(code) + lowest_level) * divisor + base
         value = value if value > low else low
         value = value if value < high else high
-        guarded[block, i] = weight if frozen else value
+        guarded[row, i] = weight if frozen else value
         wanted[row, i] = np.uint8(code)
     return both
 
 
 @kernel
-def _store(points, dtype):
-    if dtype == BFLOAT16:
-        for i in range(len(points)):
-            points[i] = to_bfloat16(points[i])
-    elif dtype == FLOAT16:
-        for i in range(len(points)):
-            points[i] = to_half(points[i])
-
-
-@kernel
 def _encode(
-    points, block, divisor, base, scale, offset, wanted, row, wanted_scale, wanted_offset, lowest_level, top,
-    with_offset, codes,
+    points, row, divisor, base, scale, offset, wanted, wanted_scale, wanted_offset, lowest_level, top, with_offset,
+    codes, block,
 ):  # fmt: skip
     """Fill the codes that are stored; returns how many of them stand for the value that was chosen."""
     inverse = ONE / divisor if divisor != ZERO else ZERO
     reach = abs(wanted_scale) * np.float32(0.5)
     num_landed = np.int32(0)
     for i in range(SIZE):
-        code = np.int32(code_of(points[block, i], inverse, base, top, with_offset))
+        code = np.int32(code_of(points[row, i], inverse, base, top, with_offset))
         stored = (np.float32(code) + lowest_level) * scale + offset
         value = (np.float32(wanted[row, i]) + lowest_level) * wanted_scale + wanted_offset
         num_landed += np.int32(abs(stored - value) <= reach)

@@ -12,15 +12,20 @@ from qcbguard_plugins.grids.base import Lattice
 from qcbguard_plugins.grids.ggml import WITH_OFFSET, GgmlGrid, GuardedRun
 from qcbguard_plugins.grids.ggml_blocks import IQ4_LEVELS, StoredBlocks
 from qcbguard_plugins.kernels.compiler import Array
-from qcbguard_plugins.kernels.stochastic import BFLOAT16, FLOAT16, FLOAT32
+from qcbguard_plugins.kernels.half import DTYPES
 
-DTYPES = {torch.float32: FLOAT32, torch.float16: FLOAT16, torch.bfloat16: BFLOAT16}
 _EMPTY = np.zeros(0, np.float32)
 
 
 def _flat(tensor: Tensor | None) -> Array:
     """All values in a row."""
     return _EMPTY if tensor is None else tensor.contiguous().numpy().reshape(-1)
+
+
+def _stored(weight: Tensor) -> Array:
+    """All weights in a row, those of a 16-bit dtype as their bits."""
+    flat = weight.contiguous().view(-1)
+    return flat.numpy() if flat.dtype == torch.float32 else flat.view(torch.int16).numpy().view(np.uint16)
 
 
 def _each(tensor: Tensor, size: int) -> Array:
@@ -74,19 +79,14 @@ class NumbaKernels:
     def guard_by_formula(
         self, grid: GgmlGrid, weight: Tensor, key: int, first: int, guarded: Tensor, codes: Tensor, /
     ) -> GuardedRun:
-        size, weights = grid.block_type.sub_block_size, weight.float().reshape(-1)
-        if weights.data_ptr() == guarded.data_ptr():
-            weights = weights.clone()
-        points = torch.empty_like(weights) if guarded.dtype != torch.float32 else guarded.view(-1)
-        scale, offset = (torch.empty(weights.numel() // size, 1) for _ in range(2))
+        size = grid.block_type.sub_block_size
+        scale, offset = (torch.empty(weight.numel() // size, 1) for _ in range(2))
         counts, sums = np.zeros(3, np.int64), np.zeros(3)
         is_finite = formula.guard_run(
-            _each(weights, size), *split_key(key), first, np.float32(grid.block_type.levels[0]),
+            _stored(weight), *split_key(key), first, np.float32(grid.block_type.levels[0]),
             np.float32(grid.lowest_code), np.float32(grid.num_levels - 1), grid.block_type.name in WITH_OFFSET,
-            DTYPES[weight.dtype], _each(points, size), _each(codes, size), _flat(scale), _flat(offset), counts, sums,
+            DTYPES[weight.dtype], _stored(guarded), _each(codes, size), _flat(scale), _flat(offset), counts, sums,
         )  # fmt: skip
-        if guarded.dtype != torch.float32:
-            guarded.copy_(points.view(guarded.shape))
         num_moved, num_frozen, num_landed = (int(count) for count in counts)
         energy, lost, change = (float(total) for total in sums)
         stored = StoredBlocks(codes.view(-1, size), scale, offset)
