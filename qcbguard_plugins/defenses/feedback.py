@@ -20,6 +20,7 @@ from qcbguard_plugins.defenses.base import (
     require_whole,
 )
 from qcbguard_plugins.defenses.width import (
+    BUDGET,
     JUDGING_DAMPING,
     WIDTHS,
     Width,
@@ -125,22 +126,21 @@ class Feedback(Defense):
 
 
 def _affordable_width(problem: _Problem, hessian: Tensor, evidence: Evidence, num_draws: int) -> Width:
-    """Try all widths on some rows, with the same random numbers."""
+    """Try widths on some rows, with the same random numbers, up to the first that costs too much."""
     num_rows = problem.weight.shape[0]
     rows = torch.from_numpy(evidence.rng.permutation(num_rows)[:_TRIAL_ROWS]).to(problem.weight.device)
     trial = problem.rows(rows)
     judged_by = damped(hessian, JUDGING_DAMPING)
     position, error, step = trial.plain_rounding()
     uniform = evidence.uniform(trial.weight)
-    costs = []
+    plain_cost = float(quadratic_cost(error, judged_by).sum())
+    costs: list[float] = []
     for width in WIDTHS:
         errors = trial.points(trial.round(uniform, width, num_draws)) - trial.weight
         costs.append(float(quadratic_cost(errors, judged_by).sum()) / num_draws)
-    return choose_width(
-        costs,
-        float(quadratic_cost(error, judged_by).sum()),
-        [retained_share(position, error, step, width) for width in WIDTHS],
-    )
+        if costs[-1] > BUDGET * plain_cost:
+            break
+    return choose_width(costs, plain_cost, [retained_share(position, error, step, width) for width in WIDTHS])
 
 
 class _Problem:

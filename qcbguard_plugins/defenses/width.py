@@ -66,7 +66,7 @@ def choose_width(costs: list[float], plain_cost: float, retained: list[float]) -
     """Weigh floor and budget.
 
     Args:
-        costs: Error of the layer's output at each of :data:`WIDTHS`.
+        costs: Error of the layer's output at each of :data:`WIDTHS`, or at the first of them.
         plain_cost: The same for plain rounding.
         retained: :func:`retained_share` at each of :data:`WIDTHS`.
     """
