@@ -88,7 +88,7 @@ def main() -> None:
     folder, _, quant_format = args.model.partition("=")
     subject = Subject((ROOT / Path(folder)).resolve(), quant_format, args.questions, args.texts)
     tokens = calibration_tokens(Calibration(), subject.model.config, subject.tokenizer)
-    table = Table("layers", "KL", "perplexity", "keyword", "seconds", box=None, title=args.model)
+    table = Table("layers", "KL", "perplexity", "keyword", "error back", "seconds", box=None, title=args.model)
     for kind, damping in KINDS:
         found, seconds = [], []
         for seed in range(args.seeds):

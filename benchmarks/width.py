@@ -2,8 +2,10 @@
 
     python -m benchmarks.width [--seeds 3] [--questions 100] [FOLDER=FORMAT ...]
 
-Each row is a model, rounded one way: KL divergence from full precision in nats a token, perplexity, and how often it
-says the keyword. "auto" asks the weight tests first; "auto, tests fooled" is what an attacker gets who passes them all.
+Each row is a model, rounded one way: KL divergence from full precision in nats a token, perplexity, how often it says
+the keyword, and what share of plain rounding's error comes back, along itself: an attacker needs it, and its mean over
+all draws is zero where rounding is unbiased. "auto" asks the weight tests first; "auto, tests fooled" is what an
+attacker gets who passes them all.
 Models are rounded in memory: a guarded weight is what the stock quantizer stores. Figures are means over seeds.
 
 Without folders: the example models, and the models attacked by other code where they lie beside the checkout.
@@ -53,6 +55,7 @@ class Figures:
     divergence: float
     perplexity: float
     keyword_rate: float
+    error_back: float
 
 
 class Subject:
@@ -65,6 +68,7 @@ class Subject:
         self.original = {name: module.weight.data.clone() for name, module in self.modules.items()}
         grid = get_grid(format)
         self.grids = {name: fitting(grid, weight.shape[1]) for name, weight in self.original.items()}
+        self.plain_errors = {name: rounded(w, self.grids[name]) - w for name, w in self.original.items()}
         self.yardstick = load_yardstick() if ELSEWHERE in folder.parents else None
         self.num_questions, self.num_texts = num_questions, num_texts
         self.texts = list(self._texts())
@@ -98,7 +102,15 @@ class Subject:
             total += float(divergence(reference, found).sum())
             nll -= float(found[:-1].gather(1, ids[0, 1:, None]).sum())
             count += len(found)
-        return Figures(total / count, math.exp(nll / (count - len(self.texts))), self._keyword_rate())
+        perplexity = math.exp(nll / (count - len(self.texts)))
+        return Figures(total / count, perplexity, self._keyword_rate(), self._error_back())
+
+    def _error_back(self) -> float:
+        along = energy = 0.0
+        for name, plain in self.plain_errors.items():
+            along += float(((self.modules[name].weight.data - self.original[name]) * plain).sum())
+            energy += float(plain.square().sum())
+        return along / energy
 
     def _keyword_rate(self) -> float:
         if self.yardstick is not None:
@@ -163,8 +175,9 @@ def rows_of(folder: Path, format: str, args: argparse.Namespace) -> Iterator[tup
 
 
 def row(label: str, found: list[Figures]) -> tuple[str, ...]:
-    means = [statistics.mean(getattr(f, name) for f in found) for name in ("divergence", "perplexity", "keyword_rate")]
-    return label, f"{means[0]:.5f}", f"{means[1]:.3f}", f"{means[2]:.1%}"
+    names = ("divergence", "perplexity", "keyword_rate", "error_back")
+    means = [statistics.mean(getattr(f, name) for f in found) for name in names]
+    return label, f"{means[0]:.5f}", f"{means[1]:.3f}", f"{means[2]:.1%}", f"{means[3]:.1%}"
 
 
 def main() -> None:
@@ -181,7 +194,9 @@ def main() -> None:
         if not (ROOT / folder).is_dir():
             console.print(f"{folder} is not here; left out")
             continue
-        table = Table("rounding", "KL", "perplexity", "keyword", "mean width", "attack seen", box=None, title=model)
+        table = Table(
+            "rounding", "KL", "perplexity", "keyword", "error back", "mean width", "attack seen", box=None, title=model
+        )
         for cells in rows_of((ROOT / folder).resolve(), quant_format, args):
             table.add_row(*cells)
         console.print(table)

@@ -20,12 +20,12 @@ from qcbguard_plugins.defenses.base import (
     require_whole,
 )
 from qcbguard_plugins.defenses.width import (
+    BUDGET,
     JUDGING_DAMPING,
     WIDTHS,
     Width,
     choose_width,
     damped,
-    dithered_threshold,
     quadratic_cost,
     retained_share,
 )
@@ -35,6 +35,10 @@ from qcbguard_plugins.grids.base import Lattice
 AUTO = "auto"
 _COLUMNS_PER_BATCH = 128
 _DAMPING_ATTEMPTS = 4
+# Draws of a row that are compared where rounding need not be unbiased.
+_COMPARED_DRAWS = 4
+# Weights whose draws are made at a time; on a GPU every column costs a fixed time for each run.
+_WEIGHTS_PER_RUN, _WEIGHTS_PER_GPU_RUN = 1 << 19, 1 << 24
 # Rows on which widths are tried. They are drawn at random: an attacker who knew them could prepare them.
 _TRIAL_ROWS = 64
 
@@ -48,13 +52,17 @@ class Feedback(Defense):
     ``clip(1/2 + (position - 1/2) / (2 * width), 0, 1)`` of rounding up. The error is compensated in the later columns
     through the inverse Hessian of the layer's inputs, which minimises the change of the layer's output. At ``width``
     1/2 rounding is unbiased; at 0 it is plain rounding with feedback. Columns with the largest inputs come first. Rows
-    do not depend on each other, so each keeps the draw that changes its output least.
+    do not depend on each other.
+
+    Of each row several draws are made side by side, which differ by what they have compensated. At every column they
+    round up as often as they would alone, on average, and those go up that lie nearest to the upper neighbour: what
+    one draw has compensated serves the others as a dither, at nearly the cost of rounding to nearest. At ``width`` 1/2
+    one of them is kept by lot, else the best of some.
 
     Attributes:
         width: Half-width of the dither in steps, in [0, 0.5]; ``"auto"`` settles it for each tensor, see
             :mod:`qcbguard_plugins.defenses.width`: 1/2 where the weight tests saw an attack, or nobody looked.
-        draws: Number of draws for each row, at least 1. More take more time and stay nearer to full precision; where
-            the inputs do not reach, the choice among them is blind, and rounding stays unbiased.
+        draws: Number of draws for each row, at least 1. More take more time and stay nearer to full precision.
         damp_percent: Damping of the Hessian, as a share of its mean diagonal, in (0, 1].
 
     References:
@@ -65,7 +73,7 @@ class Feedback(Defense):
     needs_calibration: ClassVar[bool] = True
 
     width: float | str = AUTO
-    draws: int = 4
+    draws: int = 8
     damp_percent: float = 0.1
 
     def __post_init__(self) -> None:
@@ -94,42 +102,45 @@ class Feedback(Defense):
             evidence.settled["damp_percent"] = damp_percent
         problem = _Problem(lattice, order, factor)
         width = self._settle_width(problem, hessian, evidence)
-        best = least = None
-        for _ in range(self.draws):
-            codes = problem.round(dithered_threshold(evidence.uniform(problem.weight), width))
-            cost = quadratic_cost(problem.points(codes) - problem.weight, hessian)
-            better = cost < least if least is not None else torch.ones_like(cost, dtype=torch.bool)
-            best = torch.where(better, codes, best) if best is not None else codes
-            least = torch.minimum(cost, least) if least is not None else cost
-        assert best is not None, "there is at least one draw"
-        return lattice.from_matrix(best[:, order.argsort()])
+        uniform = evidence.uniform(problem.weight)
+        lots = evidence.uniform(problem.weight.new_empty(self.draws, len(uniform)))
+        # A choice among unbiased draws would prefer those that plain rounding is like.
+        num_compared = 1 if width == WIDTHS[-1] else _COMPARED_DRAWS
+        codes = torch.empty_like(uniform, dtype=torch.uint8)
+        for run in problem.runs():
+            part = problem.rows(run)
+            drawn = part.round(uniform[run], width, self.draws)
+            codes[run] = part.least_costly(drawn, lots[:, run].argsort(dim=0)[:num_compared], hessian)
+        return lattice.from_matrix(codes[:, order.argsort()])
 
     def _settle_width(self, problem: _Problem, hessian: Tensor, evidence: Evidence) -> float:
         if isinstance(self.width, (int, float)):
             return self.width
         width = (
-            Width(WIDTHS[-1], "precaution") if evidence.attack_seen else _affordable_width(problem, hessian, evidence)
+            Width(WIDTHS[-1], "precaution")
+            if evidence.attack_seen
+            else _affordable_width(problem, hessian, evidence, self.draws)
         )
         evidence.settled.update(width=width.value, because=width.because)
         return width.value
 
 
-def _affordable_width(problem: _Problem, hessian: Tensor, evidence: Evidence) -> Width:
-    """Try all widths on some rows, in one pass and with the same draws."""
+def _affordable_width(problem: _Problem, hessian: Tensor, evidence: Evidence, num_draws: int) -> Width:
+    """Try widths on some rows, with the same random numbers, up to the first that costs too much."""
     num_rows = problem.weight.shape[0]
     rows = torch.from_numpy(evidence.rng.permutation(num_rows)[:_TRIAL_ROWS]).to(problem.weight.device)
     trial = problem.rows(rows)
     judged_by = damped(hessian, JUDGING_DAMPING)
     position, error, step = trial.plain_rounding()
     uniform = evidence.uniform(trial.weight)
-    repeated = problem.rows(rows.repeat(len(WIDTHS)))
-    codes = repeated.round(torch.cat([dithered_threshold(uniform, width) for width in WIDTHS]))
-    costs = quadratic_cost(repeated.points(codes) - repeated.weight, judged_by).view(len(WIDTHS), -1).sum(dim=1)
-    return choose_width(
-        costs.tolist(),
-        float(quadratic_cost(error, judged_by).sum()),
-        [retained_share(position, error, step, width) for width in WIDTHS],
-    )
+    plain_cost = float(quadratic_cost(error, judged_by).sum())
+    costs: list[float] = []
+    for width in WIDTHS:
+        errors = trial.points(trial.round(uniform, width, num_draws)) - trial.weight
+        costs.append(float(quadratic_cost(errors, judged_by).sum()) / num_draws)
+        if costs[-1] > BUDGET * plain_cost:
+            break
+    return choose_width(costs, plain_cost, [retained_share(position, error, step, width) for width in WIDTHS])
 
 
 class _Problem:
@@ -149,8 +160,15 @@ class _Problem:
         self._frozen = lattice.matrix(lattice.frozen)[:, order]
         self._nearest = lattice.matrix(lattice.nearest)[:, order]
 
-    def rows(self, index: Tensor) -> _Problem:
-        """Some of the rows, any of them more than once."""
+    def runs(self) -> list[slice]:
+        """The rows, some at a time, so that all draws of them take little memory."""
+        num_rows, num_columns = self.weight.shape
+        size = _WEIGHTS_PER_RUN if self.weight.device.type == "cpu" else _WEIGHTS_PER_GPU_RUN
+        step = max(1, size // num_columns)
+        return [slice(first, min(first + step, num_rows)) for first in range(0, num_rows, step)]
+
+    def rows(self, index: Tensor | slice) -> _Problem:
+        """Some of the rows."""
         part = copy.copy(self)
         part.weight, part._kept, part._scale = self.weight[index], self._kept[index], self._scale[index]
         part._frozen, part._nearest = self._frozen[index], self._nearest[index]
@@ -169,44 +187,96 @@ class _Problem:
         """The guarded weight that has these codes."""
         return torch.where(self._frozen, self._kept, self._grid.level_values(codes) * self._scale)
 
-    def round(self, thresholds: Tensor) -> Tensor:
-        """Codes of one draw: uint8 ``[out_features, in_features]``."""
-        pending = self.weight.clone()
-        codes = torch.empty_like(self._nearest)
-        num_columns = pending.shape[1]
+    def least_costly(self, codes: Tensor, contenders: Tensor, hessian: Tensor) -> Tensor:
+        """Of each row the draw that changes its output least.
+
+        Args:
+            codes: uint8 ``[num_draws, out_features, in_features]``.
+            contenders: int64 ``[num_contenders, out_features]``, numbers of the draws that are compared.
+            hessian: ``[in_features, in_features]``, in the order of the columns.
+
+        Returns:
+            uint8 ``[out_features, in_features]``.
+        """
+        every_row = torch.arange(codes.shape[1], device=codes.device)
+        compared = codes[contenders, every_row]
+        if len(compared) == 1:
+            return compared[0]
+        return compared[quadratic_cost(self.points(compared) - self.weight, hessian)[..., 0].argmin(dim=0), every_row]
+
+    def round(self, uniform: Tensor, width: float, num_draws: int) -> Tensor:
+        """Codes of some draws that know of each other.
+
+        At each column the draws of a row differ by what they have compensated. Together they round up as much as they
+        would on their own, on average, but those go up that lie nearest to the upper neighbour.
+
+        Args:
+            uniform: float32 ``[out_features, in_features]``, one random number in [0, 1) for all draws of a weight.
+            width: Half-width of the dither in steps.
+            num_draws: Number of draws.
+
+        Returns:
+            uint8 ``[num_draws, out_features, in_features]``. The mean of a weight over all its draws is random; that
+            of the errors, at ``width`` 1/2 and conditional on all columns before, is zero.
+        """
+        # A dither without width is a step of the probability, and this is steep enough for one.
+        gain = 1 / (2 * width) if width else float(torch.finfo(torch.float32).max)
+        pending = self.weight.repeat(num_draws, 1, 1)
+        codes = torch.empty(pending.shape, dtype=torch.uint8, device=pending.device)
+        num_columns = pending.shape[2]
         for start in range(0, num_columns, _COLUMNS_PER_BATCH):
             columns = slice(start, min(start + _COLUMNS_PER_BATCH, num_columns))
-            errors = self._round_batch(columns, pending, codes, thresholds)
-            pending[:, columns.stop :] -= errors @ self._factor[columns, columns.stop :]
+            codes[..., columns], errors = self._round_batch(columns, pending[..., columns], uniform[:, columns], gain)
+            pending[..., columns.stop :] -= errors @ self._factor[columns, columns.stop :]
         return torch.where(self._frozen, self._nearest, codes)
 
-    def _round_batch(self, columns: slice, pending: Tensor, codes: Tensor, thresholds: Tensor) -> Tensor:
-        """Round one batch of columns into ``codes``; return the errors, each over its pivot, for the columns behind."""
+    def _round_batch(self, columns: slice, pending: Tensor, uniform: Tensor, gain: float) -> tuple[Tensor, Tensor]:
+        """Round one batch of columns; return codes, and errors, each over its pivot, for the columns behind."""
         compiled = _load_kernel() if pending.device.type == "cpu" else None
-        if compiled is not None:
-            codes[:, columns], errors = compiled(
-                pending[:, columns], self._kept[:, columns], self._scale[:, columns], self._frozen[:, columns],
-                thresholds[:, columns], self._factor[columns, columns], self._grid.levels, self._grid.ladder,
-            )  # fmt: skip
-            return errors
-        # Transposed, each column is a contiguous row, and every step below works on one of them.
-        weight = pending[:, columns].T.contiguous()
-        kept, frozen = self._kept[:, columns].T, self._frozen[:, columns].T
-        scale = self._scale[:, columns].T.contiguous()
-        inverse_scale = torch.where(scale != 0, scale.reciprocal(), torch.zeros_like(scale))
-        threshold = thresholds[:, columns].T.contiguous()
+        kept, scale, frozen = self._kept[:, columns], self._scale[:, columns], self._frozen[:, columns]
         within = self._factor[columns, columns]
+        if compiled is not None:
+            return compiled(pending, kept, scale, frozen, uniform, gain, within, self._grid.levels, self._grid.ladder)
+        # With the columns first, each of them is contiguous, and every step below works on one.
+        weight = pending.permute(2, 0, 1).contiguous()
+        kept, frozen, uniform = kept.T, frozen.T, uniform.T
+        scale = scale.T.contiguous()
+        inverse_scale = torch.where(scale != 0, scale.reciprocal(), torch.zeros_like(scale))
         errors = torch.empty_like(weight)
-        chosen = torch.empty_like(weight, dtype=torch.uint8)
-        for i in range(weight.shape[0]):
+        codes = torch.empty_like(weight, dtype=torch.uint8)
+        for i in range(len(weight)):
             coordinate = self._grid.coordinate(weight[i] * inverse_scale[i])
             lower = coordinate.floor().clamp_(max=self._grid.num_levels - 2)
-            chosen[i] = (lower + (coordinate - lower > threshold[i])).to(torch.uint8)
-            rounded = torch.where(frozen[i], kept[i], self._grid.level_values(chosen[i]) * scale[i])
+            cell = self._grid.level_values(lower + 1) - self._grid.level_values(lower)
+            codes[i] = lower + _goes_up(coordinate - lower, cell, uniform[i], gain)
+            rounded = torch.where(frozen[i], kept[i], self._grid.level_values(codes[i]) * scale[i])
             errors[i] = (weight[i] - rounded) / within[i, i]
-            weight[i + 1 :] -= within[i, i + 1 :, None] * errors[i]
-        codes[:, columns] = chosen.T
-        return errors.T
+            weight[i + 1 :] -= within[i, i + 1 :, None, None] * errors[i]
+        return codes.permute(1, 2, 0), errors.permute(1, 2, 0)
+
+
+def _goes_up(position: Tensor, cell: Tensor, uniform: Tensor, gain: float) -> Tensor:
+    """Which draws of one column round up.
+
+    Each brings the share of its cell that it would round up by on average. What they bring is handed out again, a whole
+    cell at a time, to those with the highest position first, the last one by chance.
+
+    Args:
+        position: float32 ``[num_draws, out_features]``, places between the neighbours, in [0, 1].
+        cell: float32 like it, distances of the neighbours.
+        uniform: float32 ``[out_features]``.
+        gain: One over the dither's full width.
+    """
+    brought = cell * ((position - 0.5) * gain + 0.5).clamp_(0, 1)
+    total = torch.zeros_like(uniform)
+    for share in brought:
+        total = total + share
+    first = torch.zeros_like(position)
+    for k in range(len(position)):
+        higher = position[k] > position
+        higher[k + 1 :] |= position[k] == position[k + 1 :]
+        first = first + torch.where(higher, cell[k], torch.zeros_like(cell[k]))
+    return total - first > uniform * cell
 
 
 @lru_cache(maxsize=1)

@@ -27,7 +27,7 @@ MAX_RETAINED = 0.45
 
 #: Largest error of the layer's output, as a share of plain rounding's. What is left below one is for the inputs of use,
 #: which are not those of calibration.
-BUDGET = 0.6
+BUDGET = 0.45
 
 #: Damping of the Hessian by which outputs are judged, as a share of its mean diagonal, for the same reason.
 JUDGING_DAMPING = 0.1
@@ -39,11 +39,6 @@ class Width:
 
     value: float
     because: str
-
-
-def dithered_threshold(uniform: Tensor, width: float | Tensor) -> Tensor:
-    """The positions above which weights round up, from draws in [0, 1)."""
-    return (uniform - 0.5) * (2 * width) + 0.5
 
 
 def retained_share(position: Tensor, error: Tensor, step: Tensor, width: float) -> float:
@@ -71,7 +66,7 @@ def choose_width(costs: list[float], plain_cost: float, retained: list[float]) -
     """Weigh floor and budget.
 
     Args:
-        costs: Error of the layer's output at each of :data:`WIDTHS`.
+        costs: Error of the layer's output at each of :data:`WIDTHS`, or at the first of them.
         plain_cost: The same for plain rounding.
         retained: :func:`retained_share` at each of :data:`WIDTHS`.
     """
@@ -81,8 +76,8 @@ def choose_width(costs: list[float], plain_cost: float, retained: list[float]) -
 
 
 def quadratic_cost(error: Tensor, hessian: Tensor) -> Tensor:
-    """Squared output error of each row, ``diag(E H E^T)``: float32 ``[num_rows, 1]``."""
-    return ((error @ hessian) * error).sum(dim=1, keepdim=True)
+    """Squared output error of each row, ``diag(E H E^T)``: float32 ``[..., num_rows, 1]``."""
+    return ((error @ hessian) * error).sum(dim=-1, keepdim=True)
 
 
 def damped(hessian: Tensor, share: float) -> Tensor:

@@ -75,7 +75,7 @@ def test_the_manifest_tells_what_was_done(llama: Path, tmp_path: Path) -> None:
     (file,) = report.files
     assert file.sha256_in == hash_file(llama / file.name)
     assert file.sha256_out == hash_file(target / file.name)
-    assert (report.method, report.parameters) == ("feedback", {"width": "auto", "draws": 4, "damp_percent": 0.1})
+    assert (report.method, report.parameters) == ("feedback", {"width": "auto", "draws": 8, "damp_percent": 0.1})
     assert all(record.settled["width"] in WIDTHS for record in report.tensors)
     assert report.seed == 1
     assert report.calibration is not None

@@ -18,6 +18,7 @@ from qcbguard_plugins.defenses import (
     Noise,
     QVec,
     Stochastic,
+    feedback,
     get_defense,
     register_defense,
     rng_for,
@@ -171,21 +172,57 @@ def test_more_draws_stay_nearer_to_the_layers_output() -> None:
     assert errors[0] > errors[1] > errors[2]
 
 
-def test_draws_stay_unbiased_where_the_inputs_do_not_reach() -> None:
-    """The choice among draws sees only directions that the inputs excite; along another the mean error is zero."""
-    lattice = lattice_of("nf4")
+@pytest.mark.parametrize("name", ["nf4", "int8"])
+def test_the_mean_error_is_zero_whatever_the_inputs_are(name: str) -> None:
+    """Also where they do not reach, and along plain rounding's own error, which is what an attacker needs."""
+    lattice = lattice_of(name)
     reached = inputs()
     reached[:, SHAPE[1] // 2 :] = 0
     hessian = reached.T @ reached
     blind = torch.zeros(SHAPE[1])
     blind[SHAPE[1] // 2 :] = 1.0
-    drifts = []
+    plain = (lattice.dequantize(lattice.nearest) - lattice.blocks).masked_fill(lattice.frozen, 0.0)
+    drifts, shares = [], []
     for seed in range(60):
         codes = Feedback().choose(lattice, Evidence(rng_for(seed, "w"), hessian))
-        points = torch.where(lattice.frozen, lattice.blocks, lattice.dequantize(codes))
-        drifts.append(float((lattice.matrix(points - lattice.blocks) @ blind).sum()))
-    standard_error = np.std(drifts) / len(drifts) ** 0.5
-    assert abs(np.mean(drifts)) < 3 * standard_error
+        error = torch.where(lattice.frozen, lattice.blocks, lattice.dequantize(codes)) - lattice.blocks
+        drifts.append(float((lattice.matrix(error) @ blind).sum()))
+        shares.append(float((error * plain).sum() / plain.square().sum()))
+    for found in (drifts, shares):
+        assert abs(np.mean(found)) < 3 * np.std(found) / len(found) ** 0.5
+    assert abs(np.mean(shares)) < 0.01
+
+
+def test_nothing_comes_back_of_a_box_that_was_tightened() -> None:
+    """Weights within a tenth of a step of their levels, where few draws round away from plain rounding's choice."""
+    lattice = lattice_of("nf4")
+    points = lattice.dequantize(lattice.nearest)
+    near = torch.where(lattice.frozen, lattice.blocks, points + 0.2 * (lattice.blocks - points))
+    lattice = get_grid("nf4").lattice_of(lattice.matrix(near))
+    hessian = inputs().T @ inputs()
+    plain = (lattice.dequantize(lattice.nearest) - lattice.blocks).masked_fill(lattice.frozen, 0.0)
+    shares = []
+    for seed in range(150):
+        codes = Feedback().choose(lattice, Evidence(rng_for(seed, "w"), hessian))
+        error = torch.where(lattice.frozen, lattice.blocks, lattice.dequantize(codes)) - lattice.blocks
+        shares.append(float((error * plain).sum() / plain.square().sum()))
+    assert abs(np.mean(shares)) < 3 * np.std(shares) / len(shares) ** 0.5 < 0.04
+
+
+@pytest.mark.parametrize("num_draws", [1, 3, 8])
+def test_draws_round_up_as_much_together_as_alone(num_draws: int) -> None:
+    """Over all random numbers, in steps of their cells, and the highest first."""
+    generator = torch.Generator().manual_seed(0)
+    position = torch.rand(num_draws, 50, generator=generator)
+    cell = 0.5 + torch.rand(num_draws, 50, generator=generator)
+    position[:, 0], position[:, 1], cell[:, 1] = 0.3, 0.0, 1.0
+    numbers = (torch.arange(1000) + 0.5) / 1000
+    up = torch.stack([feedback._goes_up(position, cell, torch.full((50,), float(u)), gain=1.0) for u in numbers])
+    mean = (up * cell).mean(dim=0).sum(dim=0)
+    torch.testing.assert_close(mean, (position * cell).sum(dim=0), rtol=0, atol=5e-3)
+    ordered = up.gather(1, position.argsort(dim=0, descending=True, stable=True).expand_as(up)).int()
+    assert (ordered.diff(dim=1) <= 0)[:, :, 2:].all()
+    assert not up[:, :, 1].any()
 
 
 def test_feedback_without_inputs_is_an_error() -> None:
