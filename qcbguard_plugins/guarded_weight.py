@@ -43,7 +43,7 @@ class GuardedWeight:
 
 
 def dtype_name(dtype: torch.dtype | None) -> str:
-    """A dtype as reports spell it, such as ``bfloat16``; ``None``, for one that torch lacks, stays ``None``."""
+    """A dtype as reports spell it, such as ``"bfloat16"``; ``"None"`` for one that torch lacks."""
     return str(dtype).removeprefix("torch.")
 
 

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-half = pytest.importorskip("qcbguard_plugins.kernels.half", reason="kernels need numba")
+pytest.importorskip("numba")
+
+from qcbguard_plugins.kernels import half
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

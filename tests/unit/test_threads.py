@@ -53,7 +53,6 @@ def test_nothing_runs_on_after_a_failure(over_threads):
     assert not running
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes cannot be forked here")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_process_starts_threads_of_its_own():
     map_over_threads(abs, [1, 2, 3])

@@ -60,10 +60,8 @@ def guard_run(
     wanted_scales, wanted_offsets = np.empty(_BLOCKS_PER_CHUNK, np.float32), np.empty(_BLOCKS_PER_CHUNK, np.float32)
     divisors, bases = np.empty(_BLOCKS_PER_CHUNK, np.float32), np.empty(_BLOCKS_PER_CHUNK, np.float32)
     wanted = np.empty((_BLOCKS_PER_CHUNK, SIZE), np.uint8)
-    weights, guarded = (
-        np.empty((_BLOCKS_PER_CHUNK, SIZE), np.float32),
-        np.empty((_BLOCKS_PER_CHUNK, SIZE), np.float32),
-    )
+    weights = np.empty((_BLOCKS_PER_CHUNK, SIZE), np.float32)
+    guarded = np.empty((_BLOCKS_PER_CHUNK, SIZE), np.float32)
     for first in range(0, num_blocks, _BLOCKS_PER_CHUNK):
         count = min(_BLOCKS_PER_CHUNK, num_blocks - first)
         flat, flat_guarded = weights.reshape(-1)[: count * SIZE], guarded.reshape(-1)[: count * SIZE]
