@@ -133,7 +133,5 @@ class PurifiedSpec(Spec):
 
     def content(self) -> dict[str, Any]:
         content = self.model_dump(mode="json", exclude={"attacked", "signature_of"})
-        if not self.settings.healing_consistency:
-            del content["settings"]["healing_consistency"]  # a model made without it keeps its name
         other = None if self.signature_of is None else self.signature_of.content()
         return {**content, "attacked": self.attacked.content(), "signature_of": other}
