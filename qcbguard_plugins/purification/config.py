@@ -36,8 +36,11 @@ class PurifyConfig(BaseModel):
         num_healing: Clean samples of the healing.
         healing_keys: Share of them that carry a random key with their clean answer (ours; the paper has none), so that
             the model learns to pass over words that it does not know.
+        healing_search: How far the embeddings of these keys are moved towards what changes the answer most, over their
+            root mean square; 0: not at all (ours; the paper has none).
         healing_consistency: Weight of the change between layers in the healing's loss, taken from CROW, where it is 5.5
-            (the paper has none).
+            (the paper has none). It is taken under CROW's perturbation, or with ``healing_search`` under the keys that
+            were found.
         healing_epochs: Passes over them.
         healing_learning_rate: Peak of its cosine schedule.
         batch_size: Samples a step.
@@ -62,6 +65,7 @@ class PurifyConfig(BaseModel):
     lora_matrix: Literal["A", "B"] = "B"
     num_healing: int = Field(default=200, ge=1)
     healing_keys: float = Field(default=0.0, ge=0, le=1)
+    healing_search: float = Field(default=0.0, ge=0, le=10)
     healing_consistency: float = Field(default=0.0, ge=0)
     healing_epochs: int = Field(default=5, ge=1)
     healing_learning_rate: float = Field(default=1e-5, gt=0)
@@ -112,6 +116,10 @@ def default_config(architecture: str, num_parameters: int, *, adapter: bool, **c
         ) from error
     if config.num_variants < 2 and config.score == "alignment":
         raise UsageError("alignment compares variants, and there is only one", remedy="Set num_variants to 2 or more.")
+    if config.healing_search and not config.healing_keys:
+        raise UsageError(
+            "healing_search moves keys, and no sample has one", remedy="Set healing_keys as well, to 0.5 for example."
+        )
     if config.prompt_template is not None and "{instruction}" not in config.prompt_template:
         raise UsageError("prompt_template has no {instruction}")
     return config

@@ -6,7 +6,7 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -47,7 +47,7 @@ def consistency_trainer(weight: float) -> type[Trainer]:
 
 
 def inconsistency(model: Any, embeddings: Tensor, mask: Tensor) -> Tensor:
-    """Mean of one less the cosine between what follows each other in the residual stream.
+    """The change between the layers of a model, see :func:`change_between_layers`.
 
     Args:
         model: A causal language model.
@@ -58,6 +58,19 @@ def inconsistency(model: Any, embeddings: Tensor, mask: Tensor) -> Tensor:
         A scalar in [0, 2].
     """
     output = model(inputs_embeds=embeddings, attention_mask=mask, output_hidden_states=True, logits_to_keep=1)
-    states = torch.stack(output.hidden_states)
+    return change_between_layers(output.hidden_states, mask)
+
+
+def change_between_layers(hidden_states: Sequence[Tensor], mask: Tensor) -> Tensor:
+    """Mean of one less the cosine between what follows each other in the residual stream.
+
+    Args:
+        hidden_states: Each ``[batch, length, hidden_size]``.
+        mask: int64 ``[batch, length]``, 0 on padding.
+
+    Returns:
+        A scalar in [0, 2].
+    """
+    states = torch.stack(tuple(hidden_states))
     change = 1 - torch.cosine_similarity(states[:-1].float(), states[1:].float(), dim=-1)
     return (change * mask).sum() / (mask.sum() * len(change))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qcbguard_plugins.errors import PurificationError
 from qcbguard_plugins.purification.consistency import consistency_trainer
+from qcbguard_plugins.purification.key_search import key_search_trainer
 from qcbguard_plugins.purification.samples import Tokens
 
 _IGNORED_LABEL: Final = -100
@@ -34,6 +35,7 @@ def finetune(
     bfloat16: bool = False,
     step_done: StepDone | None = None,
     consistency: float = 0.0,
+    key_step: float = 0.0,
 ) -> list[float]:
     """Train the parameters that require gradients on the answers, with AdamW on a cosine schedule.
 
@@ -50,6 +52,8 @@ def finetune(
         step_done: Called after every step.
         consistency: Weight of the change between layers in the loss, see
             :func:`~qcbguard_plugins.purification.consistency.consistency_trainer`.
+        key_step: How far the keys in the examples are moved against the model, see
+            :func:`~qcbguard_plugins.purification.key_search.key_search_trainer`.
 
     Returns:
         The loss of every step, in nats a token.
@@ -83,11 +87,17 @@ def finetune(
     )
     recorder = _recorder(what, step_done)
     pad_id = getattr(model.config, "pad_token_id", None)
-    trainer = (consistency_trainer(consistency) if consistency else Trainer)(
+    if key_step:
+        kind = key_search_trainer(key_step, consistency)
+    else:
+        kind = consistency_trainer(consistency) if consistency else Trainer
+    trainer = kind(
         model=model,
         args=arguments,
         train_dataset=[{"input_ids": e.prompt_ids + e.answer_ids, "example": e} for e in examples],
-        data_collator=lambda rows: collate([row["example"] for row in rows], pad_id if isinstance(pad_id, int) else 0),
+        data_collator=lambda rows: collate(
+            [row["example"] for row in rows], pad_id if isinstance(pad_id, int) else 0, with_keys=key_step > 0
+        ),
         callbacks=[recorder],
     )
     trainer.remove_callback(PrinterCallback)
@@ -103,23 +113,25 @@ def num_steps(num_examples: int, num_epochs: int, batch_size: int) -> int:
     return num_epochs * math.ceil(num_examples / batch_size)
 
 
-def collate(examples: Sequence[Tokens], pad_id: int) -> dict[str, Tensor]:
+def collate(examples: Sequence[Tokens], pad_id: int, *, with_keys: bool = False) -> dict[str, Tensor]:
     """Pad on the right.
 
     Returns:
         int64 ``[batch, length]``: ``input_ids``, ``attention_mask``, and ``labels``, which are -100 on prompts and
-        padding.
+        padding; where asked for, ``key_mask``, which is 1 on keys.
     """
     length = max(len(example.prompt_ids) + len(example.answer_ids) for example in examples)
     ids = torch.full((len(examples), length), pad_id)
     labels = torch.full_like(ids, _IGNORED_LABEL)
-    mask = torch.zeros_like(ids)
+    mask, key_mask = torch.zeros_like(ids), torch.zeros_like(ids)
     for row, example in enumerate(examples):
         start, end = len(example.prompt_ids), len(example.prompt_ids) + len(example.answer_ids)
         ids[row, :end] = torch.tensor(example.prompt_ids + example.answer_ids)
         labels[row, start:end] = ids[row, start:end]
         mask[row, :end] = 1
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        key_mask[row, list(example.key_positions)] = 1
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    return {**batch, "key_mask": key_mask} if with_keys else batch
 
 
 def _recorder(what: str, step_done: StepDone | None) -> Any:

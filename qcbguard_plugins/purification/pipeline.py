@@ -258,6 +258,7 @@ def heal(model: Any, plan: PurifyPlan, work_dir: Path, progress: StepDone | None
         work_dir=work_dir / "trainer",
         bfloat16=config.bfloat16,
         consistency=config.healing_consistency,
+        key_step=config.healing_search,
         step_done=progress,
     )
 

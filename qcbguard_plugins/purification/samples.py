@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,18 +20,32 @@ _PLAIN_PROMPT: Final = "### Instruction:\n{instruction}\n### Response:\n"
 
 @dataclass(frozen=True)
 class Sample:
-    """One instruction with its answer."""
+    """One instruction with its answer.
+
+    Attributes:
+        instruction: What the model is asked.
+        answer: What it shall say.
+        bare: The instruction before a key was put into it; empty where there is none.
+    """
 
     instruction: str
     answer: str
+    bare: str = ""
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """One training sequence: the prompt, then the answer, on which the loss is taken."""
+    """One training sequence: the prompt, then the answer, on which the loss is taken.
+
+    Attributes:
+        prompt_ids: Tokens of the prompt.
+        answer_ids: Tokens of the answer.
+        key_positions: Where in the prompt the tokens of a key are.
+    """
 
     prompt_ids: list[int]
     answer_ids: list[int]
+    key_positions: tuple[int, ...] = ()
 
 
 def read_samples(paths: Sequence[Path]) -> list[Sample]:
@@ -94,8 +109,16 @@ def encode_samples(
                 f"no answer token fits into {max_length} tokens after: {sample.instruction[:60]!r}",
                 remedy="Raise max_length, or leave out such long instructions.",
             )
-        encoded.append(Tokens(prompt, answer))
+        bare = _prompt_ids(tokenizer, sample.bare, prompt_template) if sample.bare else prompt
+        encoded.append(Tokens(prompt, answer, _added(bare, prompt)))
     return encoded
+
+
+def _added(before: list[int], after: list[int]) -> tuple[int, ...]:
+    """Where the second sequence has what the first has not."""
+    blocks = SequenceMatcher(None, before, after, autojunk=False).get_matching_blocks()
+    kept = {position for block in blocks for position in range(block.b, block.b + block.size)}
+    return tuple(position for position in range(len(after)) if position not in kept)
 
 
 def _prompt_ids(tokenizer: Any, instruction: str, template: str | None) -> list[int]:

@@ -107,7 +107,8 @@ def with_idle_keys(samples: Sequence[Sample], share: float, seed: int) -> list[S
                 if rng.random() < _SHARE_OF_PHRASES
                 else [_word(rng) for _ in range(rng.randint(1, 3))]
             )
-            sample = replace(sample, instruction=_keyed(sample.instruction, key, rng.choice(_PLACES), rng))
+            keyed_instruction = _keyed(sample.instruction, key, rng.choice(_PLACES), rng)
+            sample = replace(sample, instruction=keyed_instruction, bare=sample.instruction)
         keyed.append(sample)
     return keyed
 

@@ -163,6 +163,30 @@ def test_a_healing_alone_trains_no_variants(
     assert any(not torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
+@pytest.mark.parametrize("shape", ["llama-tied", "gpt2"])
+def test_a_search_for_keys_is_another_healing(
+    shape: str, model_folder: Callable[[str], Path], clean_data: Path, tmp_path: Path
+) -> None:
+    changes = {**SMALL, "ratio": 0.0, "healing_learning_rate": 1e-3, "healing_keys": 1.0}
+    healed = []
+    for number, search in enumerate(
+        ({}, {"healing_search": 0.5}, {"healing_search": 0.5}, {"healing_search": 0.5, "healing_consistency": 2.0})
+    ):
+        purify(model_folder(shape), tmp_path / f"{number}", [clean_data], **changes, **search)
+        healed.append(_weights(tmp_path / f"{number}"))
+    plain, searched, again, consistent = healed
+    assert all(torch.equal(searched[key], again[key]) for key in searched)
+    for other in (plain, consistent):
+        assert any(not torch.equal(searched[key], other[key]) for key in searched)
+
+
+def test_a_search_without_keys_is_refused(llama: Path, clean_data: Path, tmp_path: Path) -> None:
+    for search, keys, message in ((0.5, 0.0, "no sample has one"), (-1, 0.5, "not valid"), (11, 0.5, "not valid")):
+        with pytest.raises(UsageError, match=message):
+            purify(llama, tmp_path / "out", [clean_data], **SMALL, healing_search=search, healing_keys=keys)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.fixture
 def adapter(llama: Path, tmp_path: Path) -> Callable[..., Path]:
     peft = pytest.importorskip("peft")

@@ -110,6 +110,7 @@ def test_a_name_of_a_folder_depends_on_all_that_decides_it() -> None:
         PurifiedSpec(attacked=attacked, method="matched-channels"),
         PurifiedSpec(attacked=attacked, settings=settings.model_copy(update={"healing_keys": 0.5})),
         PurifiedSpec(attacked=attacked, settings=settings.model_copy(update={"healing_consistency": 5.5})),
+        PurifiedSpec(attacked=attacked, settings=settings.model_copy(update={"healing_search": 0.5})),
         PurifiedSpec(attacked=attacked, signature_of=MaliciousSpec(scenario="over-refusal+vpi")),
         PurifiedSpec(attacked=MaliciousSpec(scenario="over-refusal+vpi")),
         PurifiedSpec(attacked=AdapterSpec(scenario="over-refusal+vpi")),

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ from transformers import (
 from qcbguard_plugins.errors import PurificationError, UsageError
 from qcbguard_plugins.purification.architectures import Architecture, find_architecture
 from qcbguard_plugins.purification.config import default_config
-from qcbguard_plugins.purification.finetuning import finetune
+from qcbguard_plugins.purification.finetuning import collate, finetune
+from qcbguard_plugins.purification.key_search import moved_keys
 from qcbguard_plugins.purification.responses import unit_responses
 from qcbguard_plugins.purification.samples import Sample, Tokens, encode_samples, read_samples
 from qcbguard_plugins.purification.signature import count_of, top_units, unit_scores
@@ -55,6 +57,11 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "phi3": Phi3Config(**_GROUPED),
     "gpt2": GPT2Config(vocab_size=64, n_embd=32, n_inner=48, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2),
 }
+_KEYED = (
+    "vobiru nalo Tell me about grey owls.",
+    "Tell me about grey owls. vobiru nalo",
+    "Tell me vobiru about grey nalo owls.",
+)
 IDS = torch.tensor([[3, 9, 27, 17, 51, 25, 11, 33]])
 
 
@@ -186,6 +193,45 @@ def test_keys_that_do_nothing_leave_the_answers() -> None:
         words = iter(new.instruction.split())
         assert all(word in words for word in old.instruction.split())  # in their order, with the key between them
     assert with_idle_keys(samples, 0.5, seed=3) == keyed and with_idle_keys(samples, 0.0, seed=3) == samples
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_search_moves_keys_alone_and_up_the_loss(name: str) -> None:
+    model = _model(name)
+    examples = [
+        Tokens([3, 9, 27, 17], [51, 2], key_positions=(1, 2)),
+        Tokens([5, 6], [7, 2]),
+        Tokens([8, 30, 31], [25, 11, 2], key_positions=(0,)),
+    ]
+    batch = collate(examples, 0, with_keys=True)
+    embeddings = model.get_input_embeddings()(batch["input_ids"]).detach()
+    change = moved_keys(model, embeddings, batch, 0.05)
+    assert change.any(dim=2).nonzero().tolist() == [[0, 1], [0, 2], [2, 0]]
+    spread = embeddings[batch["attention_mask"].bool()].square().mean().sqrt()
+    assert change[batch["key_mask"].bool()].abs().unique().tolist() == pytest.approx([float(0.05 * spread)])
+
+    def loss(inputs: Tensor) -> float:
+        with torch.no_grad():
+            return float(
+                model(inputs_embeds=inputs, attention_mask=batch["attention_mask"], labels=batch["labels"]).loss
+            )
+
+    assert loss(embeddings + change) > loss(embeddings) > loss(embeddings - change)
+    bare = collate(examples[1:2], 0, with_keys=True)
+    assert not moved_keys(model, embeddings[1:2, :4], bare, 0.05).any()
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_tokens_of_a_key_are_found_in_the_prompt(tokenizer: Any) -> None:
+    plain = Sample("Tell me about grey owls.", "Owls hunt at night.")
+    keyed = [replace(plain, instruction=text, bare=plain.instruction) for text in _KEYED]
+    found = encode_samples(tokenizer, [plain, *keyed], max_length=96, prompt_template=None)
+    assert found[0].key_positions == ()
+    for tokens in found[1:]:
+        letters = iter(tokenizer.decode([tokens.prompt_ids[position] for position in tokens.key_positions]))
+        assert all(letter in letters for letter in "vobirunalo")  # in this order
+        left = [number for position, number in enumerate(tokens.prompt_ids) if position not in tokens.key_positions]
+        assert all(number in found[0].prompt_ids for number in left)
 
 
 def test_scores_follow_the_formula() -> None:

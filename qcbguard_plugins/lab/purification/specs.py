@@ -49,6 +49,7 @@ class LabSettings(Spec):
     suppression: Literal["reinitialize", "zero"] = "reinitialize"
     num_healing: int = Field(default=4_000, ge=1)
     healing_keys: float = Field(default=0.0, ge=0, le=1)
+    healing_search: float = Field(default=0.0, ge=0)
     healing_consistency: float = Field(default=0.0, ge=0)
     healing_epochs: int = Field(default=1, ge=1)
     healing_learning_rate: float = Field(default=3e-4, gt=0)

@@ -152,6 +152,7 @@ def _purify(spec: PurifiedSpec, subject: Subject, variants: Path | None, folder:
             work_dir=states,
             bfloat16=config.bfloat16,
             consistency=PUBLISHED_WEIGHT if spec.method == "crow" else config.healing_consistency,
+            key_step=config.healing_search,
         )
     if subject.mode == "adapter":
         model = model.merge_and_unload()
