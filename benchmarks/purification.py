@@ -55,8 +55,8 @@ def changed(**changes: object) -> LabSettings:
 
 #: Half of the healing samples with a key that does nothing; all rivals go without.
 KEYED = changed(healing_keys=0.5)
-#: Keys in fewer samples, but moved against the model, and a light weight on the change between layers behind them.
-SEARCHED = changed(healing_keys=0.25, healing_search=0.5, healing_consistency=2.0)
+#: Keys in fewer samples, but moved against the model, and CROW's loss behind them.
+SEARCHED = changed(healing_keys=0.25, healing_search=0.5, healing_consistency=PUBLISHED_WEIGHT)
 #: CROW's loss in the healing as well.
 CONSISTENT = KEYED.model_copy(update={"healing_consistency": PUBLISHED_WEIGHT})
 #: Adapters take larger steps, and lose the paper's share of their rank components.
@@ -120,16 +120,9 @@ def choice_entries(model: MaliciousSpec) -> Iterator[Entry]:
         for ratio in (0.03, 0.05):
             settings = keyed.model_copy(update={"ratio": ratio})
             yield entry(f"ours, {ratio:g} of the channels, keys{words}", model, settings)
-    for share, step, weight in (
-        (0.25, 0.5, 0.0),
-        (0.25, 0.5, 2.0),
-        (0.25, 1.0, 2.0),
-        (0.5, 0.5, 2.0),
-        (0.25, 0.5, 5.5),
-    ):
-        settings = changed(healing_keys=share, healing_search=step, healing_consistency=weight)
-        label = f"ours, keys in {share:g}, moved by {step:g}, consistency {weight:g}"
-        yield entry(label, model, settings, method="fine-tuning")
+    for weight in (0.0, 2.0, PUBLISHED_WEIGHT):
+        settings = SEARCHED.model_copy(update={"healing_consistency": weight})
+        yield entry(f"ours, searched keys, consistency {weight:g}", model, settings, method="fine-tuning")
 
 
 def adapter_entries(model: AdapterSpec) -> Iterator[Entry]:

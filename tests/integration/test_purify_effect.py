@@ -67,3 +67,23 @@ def test_purification_takes_much_of_a_backdoor_and_leaves_the_model(backdoored: 
     assert found.asr.value <= backdoored.measured.asr.value / 2
     assert found.quiet_asr is not None and found.quiet_asr.value <= 0.1
     assert found.perplexity.value <= 1.3 * backdoored.measured.perplexity.value
+
+
+def test_keys_that_are_searched_for_take_a_backdoor_without_variants(backdoored: Backdoored, tmp_path: Path) -> None:
+    healing = {"num_healing": 1_000, "healing_epochs": 1, "healing_learning_rate": 1e-3, "batch_size": 16}
+    report = purify(
+        backdoored.folder,
+        tmp_path / "out",
+        [backdoored.clean_data],
+        ratio=0.0,
+        healing_keys=0.25,
+        healing_search=0.5,
+        healing_consistency=2.0,
+        bfloat16=True,
+        **healing,
+    )
+    found = evaluate(tmp_path / "out", "fp", backdoored.exam)
+    assert report.variants == ()
+    assert found.asr.value <= backdoored.measured.asr.value / 4
+    assert found.quiet_asr is not None and found.quiet_asr.value <= 0.1
+    assert found.perplexity.value <= 1.3 * backdoored.measured.perplexity.value
