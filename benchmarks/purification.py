@@ -311,15 +311,17 @@ def main() -> None:
             sections.append(f"## {title}\n")
             if part == "main":
                 unseen = [cell for cell in cells if cell.scenario not in SEEN]
+                sentiment = [cell for cell in cells if cell.scenario.startswith(BEHAVIOURS[1])]
                 sections += ["All attacks:\n", means_table(cells, labels, OURS)]
                 sections += ["Those that no choice has seen:\n", means_table(unseen, labels, OURS)]
+                sections += ["Sentiment steering:\n", means_table(sentiment, labels, OURS)]
                 sections.append(attacks_table(cells, scenarios, labels))
                 sections.append(costs(cells, labels))
             else:
                 sections.append(table(cells, scenarios, labels))
             kept[part] = cells
             if part == "main":
-                shown = [NONE, "fine-tuning", "magnitude pruning, 0.65", "CROW", OURS]
+                shown = [NONE, "fine-tuning", "fine-pruning, 0.5", "magnitude pruning, 0.65", "CROW", OURS]
                 draw_attacks(cells, shown, arguments.out / "purification-attacks.svg")
             if part in ("ratio", "variants"):
                 draw_curve(cells, labels, title, arguments.out / f"purification-{part}.svg")
