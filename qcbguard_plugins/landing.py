@@ -22,7 +22,7 @@ from qcbguard_plugins.errors import UnguardableError
 from qcbguard_plugins.grids.base import Lattice, cut_blocks
 from qcbguard_plugins.grids.ggml import FormulaGrid, GgmlGrid, SearchedGrid
 from qcbguard_plugins.grids.ggml_blocks import StoredBlocks
-from qcbguard_plugins.guarded_weight import GuardedWeight, digest_of_rows, row_digests
+from qcbguard_plugins.guarded_weight import GuardedWeight, digest_of_rows, pack_rows, row_digests
 from qcbguard_plugins.landing_steps import choose_points, compare, correct, measure
 from qcbguard_plugins.threads import map_over_threads
 
@@ -160,16 +160,14 @@ class _Job:
     def carry_out_at_once(self, key: int) -> list[_Outcome]:
         """Guard stochastically, where ``one_pass`` says so."""
         rows, columns = self.weight.shape
-        kernels = self.grid.kernels
-        assert kernels is not None
+        assert self.grid.kernels is not None
+        guard_rows = self.grid.kernels.guard_by_formula(self.grid, self.weight, key, self.guarded, self.codes)
 
         def guard(run: slice) -> _Outcome:
-            done = kernels.guard_by_formula(
-                self.grid, self.weight[run], key, run.start * columns, self.guarded[run], self.codes[run]
-            )
+            done = guard_rows(run)
             if not done.is_finite:
                 raise _not_finite(self.name, self.grid)
-            digests = row_digests(done.stored, run.stop - run.start)
+            digests = row_digests(done.packed_rows)
             return _Outcome(
                 digests, done.num_landed, done.num_moved, done.num_frozen, done.energy, done.lost_energy, done.change
             )
@@ -212,7 +210,7 @@ class _Job:
             energy, lost, change = measure(
                 self.grid, self.weight[run].float(), self.guarded[run].float(), chosen.scale[blocks]
             )
-            digests = row_digests(_cut(stored, blocks), run.stop - run.start)
+            digests = row_digests(pack_rows(_cut(stored, blocks), self.grid.block_type, run.stop - run.start))
             num_landed = int(units.landed[part_of(run, self.unit)].sum())
             return _Outcome(digests, num_landed, *counts, energy, lost, change)
 

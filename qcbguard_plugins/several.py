@@ -98,7 +98,7 @@ def stored_values(weight: Tensor, grid: Grid) -> Tensor:
 def grid_digest(weight: Tensor, grid: Grid) -> str:
     """The digest of what the stock quantizer stores for a weight."""
     if isinstance(grid, GgmlGrid):
-        return blocks_digest(grid.stored(weight), weight.shape[0])
+        return blocks_digest(grid.stored(weight), grid.block_type, weight.shape[0])
     if isinstance(grid, IntegerGrid):
         return codes_digest(grid.quantize(weight))
     from qcbguard_plugins.backends.bitsandbytes.stock import stock_codes

@@ -28,12 +28,30 @@ def map_over_threads(work: Callable[[T], R], items: Sequence[T]) -> list[R]:
     """
     if _num_workers(items) <= 1:
         return [work(item) for item in items]
+    waiting, results = deque(enumerate(items)), dict[int, R]()
+
+    def take() -> None:
+        # Item after item in one task: with a task an item, the caller would be woken for each.
+        while waiting:
+            try:
+                number, item = waiting.popleft()
+            except IndexError:
+                return
+            try:
+                results[number] = work(item)
+            except BaseException:
+                waiting.clear()
+                raise
+
     pool = _pool(torch.get_num_threads())
-    futures = [pool.submit(work, item) for item in items]
+    futures = [pool.submit(take) for _ in range(_num_workers(items))]
     try:
-        return [future.result() for future in futures]
+        for future in futures:
+            future.result()
     finally:
-        _finish(futures)
+        waiting.clear()
+        wait(futures)
+    return [results[number] for number in range(len(items))]
 
 
 def stream_over_threads(work: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:

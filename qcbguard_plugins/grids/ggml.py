@@ -11,17 +11,17 @@ References:
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from qcbguard_plugins.grids.base import Grid, Ladder, Lattice, cut_blocks, ramp_coordinate
 from qcbguard_plugins.grids.ggml_blocks import IQ4_LEVELS, BlockType, StoredBlocks
-
-# Types whose sub-blocks have an offset of their own: both ends of a sub-block hold its scale.
-WITH_OFFSET = frozenset({"Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K"})
 
 
 class Quantizer(Protocol):
@@ -41,7 +41,7 @@ class GuardedRun:
     """What became of some rows that were guarded in one pass.
 
     Attributes:
-        stored: What the quantizer stores for them.
+        packed_rows: What the quantizer stores for them; see :func:`qcbguard_plugins.guarded_weight.pack_rows`.
         num_moved: Weights whose code is not the nearest.
         num_frozen: Weights that have no choice.
         num_landed: Weights that are stored as chosen.
@@ -51,7 +51,7 @@ class GuardedRun:
         is_finite: False where a weight is not; then nothing else counts.
     """
 
-    stored: StoredBlocks
+    packed_rows: NDArray[np.uint8]
     num_moved: int
     num_frozen: int
     num_landed: int
@@ -77,9 +77,9 @@ class Kernels(Protocol):
         ...
 
     def guard_by_formula(
-        self, grid: GgmlGrid, weight: Tensor, key: int, first: int, guarded: Tensor, codes: Tensor, /
-    ) -> GuardedRun:
-        """Guard some rows stochastically for a type with a formula; ``guarded`` and ``codes`` are filled."""
+        self, grid: GgmlGrid, weight: Tensor, key: int, guarded: Tensor, codes: Tensor, /
+    ) -> Callable[[slice], GuardedRun]:
+        """What guards some rows stochastically for a type with a formula, and fills ``guarded`` and ``codes`` there."""
         ...
 
     def choose(self, lattice: Lattice, key: int, first: int, /) -> Tensor:
@@ -197,7 +197,7 @@ class FormulaGrid(GgmlGrid):
 
     def _scale(self, blocks: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         """The float32 scale and offset of each block, and what holds them."""
-        if self.block_type.name in WITH_OFFSET:
+        if self.block_type.has_offset:
             low, high = blocks.amin(1, keepdim=True), blocks.amax(1, keepdim=True)
             return (high - low) / (self.num_levels - 1), low, (blocks == low) | (blocks == high)
         magnitudes = blocks.abs()
@@ -256,7 +256,7 @@ class SearchedGrid(GgmlGrid):
         inverse = torch.where(stored.scale != 0, stored.scale.reciprocal(), torch.zeros_like(stored.scale))
         coordinate = self.coordinate((blocks - stored.offset) * inverse)
         frozen = (stored.scale == 0).expand_as(blocks).clone()
-        if self.block_type.name in WITH_OFFSET:
+        if self.block_type.has_offset:
             frozen.scatter_(1, blocks.argmax(1, keepdim=True), True)
             frozen.scatter_(1, blocks.argmin(1, keepdim=True), True)
         else:

@@ -62,6 +62,16 @@ class BlockType:
     searched: bool
     fallback: str = ""
 
+    @property
+    def has_offset(self) -> bool:
+        """True where sub-blocks have an offset of their own: codes count up from it, and both ends hold the scale."""
+        return self.levels[0] == 0
+
+    @property
+    def is_narrow(self) -> bool:
+        """True where a code fits half a byte."""
+        return len(self.levels) <= 16
+
     def row_bytes(self, num_columns: int) -> int:
         """Bytes of a row of this many weights."""
         return num_columns // self.block_size * self.block_bytes

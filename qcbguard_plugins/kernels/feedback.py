@@ -12,6 +12,7 @@ from qcbguard_plugins.threads import map_over_threads
 
 # Draws of rows that are worked on side by side; with all columns of a batch they fill the first cache.
 _DRAWS_PER_RUN = 64
+_CALLS_PER_THREAD = 4
 _ZERO, _HALF, _ONE = np.float32(0), np.float32(0.5), np.float32(1)
 
 
@@ -47,18 +48,31 @@ def round_batch(
     arrays = [np.ascontiguousarray(part.numpy()) for part in (kept, scale, frozen, uniform)]
     widths = np.empty(0, np.float32) if ladder.inverse_widths is None else ladder.inverse_widths.numpy()
     pivots = np.ascontiguousarray(factor.numpy())
-    num_draws, num_rows, _ = weight.shape
-    step = max(1, _DRAWS_PER_RUN // num_draws)
+    num_rows = weight.shape[1]
+    # A call costs about as much as a row, so a thread gets many rows at once.
+    step = -(-num_rows // (_CALLS_PER_THREAD * torch.get_num_threads()))
 
     def work(start: int) -> None:
         part = slice(start, start + step)
-        _round_rows(
+        _round_runs(
             draws[:, part], *(array[part] for array in arrays), np.float32(gain), pivots, levels.numpy(), widths,
             np.float32(ladder.shift), np.float32(ladder.lowest), codes[:, part], errors[:, part],
         )  # fmt: skip
 
     map_over_threads(work, range(0, num_rows, step))
     return torch.from_numpy(codes), torch.from_numpy(errors)
+
+
+@kernel
+def _round_runs(weight, kept, scale, frozen, uniform, gain, factor, levels, widths, shift, lowest, codes, errors):
+    num_draws, num_rows, _ = weight.shape
+    step = max(1, _DRAWS_PER_RUN // num_draws)
+    for start in range(0, num_rows, step):
+        run = slice(start, start + step)
+        _round_rows(
+            weight[:, run], kept[run], scale[run], frozen[run], uniform[run], gain, factor, levels, widths, shift,
+            lowest, codes[:, run], errors[:, run],
+        )  # fmt: skip
 
 
 @kernel

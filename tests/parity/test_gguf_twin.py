@@ -120,7 +120,7 @@ class TestJudge:
         alone = guard_weight(weight, trusted, get_defense("stochastic"), seed=0, name="w")
         assert not grid.is_restated
         assert guarded.digest == alone.digest
-        assert guarded.digest == blocks_digest(trusted.stored(guarded.weight), 256)
+        assert guarded.digest == blocks_digest(trusted.stored(guarded.weight), trusted.block_type, 256)
 
     def test_without_numba_the_library_answers(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("qcbguard_plugins.backends.gguf.judge._load_twin", lambda: None)

@@ -91,7 +91,7 @@ def test_reordering_rows_and_quantizing_change_places(name: str, method: str) ->
     grid = gguf_grid(name)
     guarded = guard_weight(normal(32, 256), grid, get_defense(method), seed=0, name="w", hessian=hessian(256))
     assert torch.equal(grid.quantize(guarded.weight[order]), guarded.codes[order])
-    assert blocks_digest(grid.stored(guarded.weight[order]), 32) == guarded.digest
+    assert blocks_digest(grid.stored(guarded.weight[order]), grid.block_type, 32) == guarded.digest
 
 
 class TestRefusals:

@@ -108,7 +108,7 @@ def stored_digest(file: GgufFile, tensor: GgufTensor) -> str:
     matrices = torch.from_numpy(file.read_bytes(tensor.name).copy()).view(
         -1, rows * block_type.row_bytes(tensor.shape[-1])
     )
-    return stacked_digest([blocks_digest(block_type.read(matrix), rows) for matrix in matrices])
+    return stacked_digest([blocks_digest(block_type.read(matrix), block_type, rows) for matrix in matrices])
 
 
 def _why_not_as_planned(file: GgufFile, name: str, record: TensorRecord) -> str:

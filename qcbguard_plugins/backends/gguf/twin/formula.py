@@ -29,8 +29,7 @@ _SECOND = np.int32(1 << 16)
 
 @kernel
 def guard_run(
-    source, key0, key1, place, lowest_level, lowest, top, with_offset, dtype, target, codes, scales, offsets, counts,
-    sums,
+    source, key0, key1, place, lowest_level, lowest, top, with_offset, dtype, target, codes, packed_rows, counts, sums
 ):  # fmt: skip
     """Guard some blocks; see :mod:`qcbguard_plugins.landing` for what each step means.
 
@@ -46,8 +45,8 @@ def guard_run(
         dtype: That of the file.
         target: Like ``source``, the outcome; it may be ``source``.
         codes: uint8 ``[num_blocks, SIZE]``, what is stored for that.
-        scales: float32, one a block, the same.
-        offsets: float32, one a block, the same.
+        packed_rows: uint8 ``[num_rows, row_bytes]``, that and its scales; see
+            :func:`qcbguard_plugins.guarded_weight.pack_rows`.
         counts: int64 ``[3]``, the weights that moved, those that have no choice, and those that land.
         sums: float64 ``[3]``, see :func:`~qcbguard_plugins.backends.gguf.twin.landing.measure`.
 
@@ -55,9 +54,9 @@ def guard_run(
         False where a weight is not finite; then nothing counts.
     """
     keys, num_blocks = round_keys(key0, key1), len(codes)
+    scales, offsets = np.empty(num_blocks, np.float32), np.empty(num_blocks, np.float32)
     draws = np.empty(_BLOCKS_PER_CHUNK * SIZE + GROUP, np.float32)
     lows, highs = np.empty(_BLOCKS_PER_CHUNK, np.int32), np.empty(_BLOCKS_PER_CHUNK, np.int32)
-    wanted_scales, wanted_offsets = np.empty(_BLOCKS_PER_CHUNK, np.float32), np.empty(_BLOCKS_PER_CHUNK, np.float32)
     divisors, bases = np.empty(_BLOCKS_PER_CHUNK, np.float32), np.empty(_BLOCKS_PER_CHUNK, np.float32)
     wanted = np.empty((_BLOCKS_PER_CHUNK, SIZE), np.uint8)
     weights = np.empty((_BLOCKS_PER_CHUNK, SIZE), np.float32)
@@ -74,40 +73,58 @@ def guard_run(
         if not _find_ends(weights, count, lows, highs):
             return False
         _find_scales(
-            weights, count, lows, highs, lowest_level, top, with_offset, divisors, bases, wanted_scales,
-            wanted_offsets,
+            weights, count, lows, highs, lowest_level, top, with_offset, divisors, bases,
+            scales[first : first + count], offsets[first : first + count],
         )  # fmt: skip
         for i in range(count):
+            block = first + i
             low, high, divisor, base = value_of(lows[i]), value_of(highs[i]), divisors[i], bases[i]
             if not with_offset:
                 high = high if high > -low else -low
                 low = -high
             both = _choose(
-                weights, i, draws_here, wanted_scales[i], wanted_offsets[i], divisor, base, low, high, lowest_level,
-                lowest, top, with_offset, guarded, wanted,
+                weights, i, draws_here, scales[block], offsets[block], divisor, base, low, high, lowest_level, lowest,
+                top, with_offset, guarded, wanted,
             )  # fmt: skip
             counts[0] += both & (_SECOND - np.int32(1))
             counts[1] += both // _SECOND
         round_to(flat_guarded, dtype)
         store(flat_guarded, dtype, target[part])
-        _find_ends(guarded, count, lows, highs)
-        _find_scales(
-            guarded, count, lows, highs, lowest_level, top, with_offset, divisors, bases,
-            scales[first : first + count], offsets[first : first + count],
-        )  # fmt: skip
+        # The ends kept their values and nothing lies beyond them, so the quantizer finds the scales above again.
         for i in range(count):
             block = first + i
             counts[2] += _encode(
-                guarded, i, divisors[i], bases[i], scales[block], offsets[block], wanted, wanted_scales[i],
-                wanted_offsets[i], lowest_level, top, with_offset, codes, block,
+                guarded, i, divisors[i], bases[i], scales[block], offsets[block], wanted, lowest_level, top,
+                with_offset, codes, block,
             )  # fmt: skip
-            if wanted_scales[i] == ZERO:
+            if scales[block] == ZERO:
                 for j in range(SIZE):
                     sums[1] += weights[i, j] * weights[i, j]
         energy, change = _measure(flat, flat_guarded)
         sums[0] += energy
         sums[2] += change
+    _pack(codes.reshape(len(packed_rows), -1), scales, offsets, top, with_offset, packed_rows)
     return True
+
+
+@kernel
+def _pack(codes, scales, offsets, top, with_offset, packed_rows):
+    num_rows, columns = codes.shape
+    is_narrow, per_row = top < np.float32(16), columns // SIZE
+    half = columns // 2
+    begin = half if is_narrow else columns
+    for row in range(num_rows):
+        packed = packed_rows[row]
+        if is_narrow:
+            for i in range(half):
+                packed[i] = codes[row, i] | (codes[row, half + i] << np.uint8(4))
+        else:
+            for i in range(columns):
+                packed[i] = codes[row, i]
+        # Adding zero turns -0.0 into 0.0.
+        packed[begin : begin + 4 * per_row].view(np.float32)[:] = scales[row * per_row : (row + 1) * per_row] + ZERO
+        if with_offset:
+            packed[begin + 4 * per_row :].view(np.float32)[:] = offsets[row * per_row : (row + 1) * per_row] + ZERO
 
 
 @kernel
@@ -187,17 +204,16 @@ def _choose(
 
 @kernel
 def _encode(
-    points, row, divisor, base, scale, offset, wanted, wanted_scale, wanted_offset, lowest_level, top, with_offset,
-    codes, block,
+    points, row, divisor, base, scale, offset, wanted, lowest_level, top, with_offset, codes, block
 ):  # fmt: skip
     """Fill the codes that are stored; returns how many of them stand for the value that was chosen."""
     inverse = ONE / divisor if divisor != ZERO else ZERO
-    reach = abs(wanted_scale) * np.float32(0.5)
+    reach = abs(scale) * np.float32(0.5)
     num_landed = np.int32(0)
     for i in range(SIZE):
         code = np.int32(code_of(points[row, i], inverse, base, top, with_offset))
         stored = (np.float32(code) + lowest_level) * scale + offset
-        value = (np.float32(wanted[row, i]) + lowest_level) * wanted_scale + wanted_offset
+        value = (np.float32(wanted[row, i]) + lowest_level) * scale + offset
         num_landed += np.int32(abs(stored - value) <= reach)
         codes[block, i] = np.uint8(code)
     return num_landed if reach != ZERO else np.int32(SIZE)

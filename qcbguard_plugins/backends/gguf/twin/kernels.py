@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -9,7 +11,7 @@ from torch import Tensor
 from qcbguard_plugins.backends.gguf.twin import formula, landing, places
 from qcbguard_plugins.draws import split_key, uniform_draws
 from qcbguard_plugins.grids.base import Lattice
-from qcbguard_plugins.grids.ggml import WITH_OFFSET, GgmlGrid, GuardedRun
+from qcbguard_plugins.grids.ggml import GgmlGrid, GuardedRun
 from qcbguard_plugins.grids.ggml_blocks import IQ4_LEVELS, StoredBlocks
 from qcbguard_plugins.kernels.compiler import Array
 from qcbguard_plugins.kernels.half import DTYPES
@@ -22,10 +24,10 @@ def _flat(tensor: Tensor | None) -> Array:
     return _EMPTY if tensor is None else tensor.contiguous().numpy().reshape(-1)
 
 
-def _stored(weight: Tensor) -> Array:
-    """All weights in a row, those of a 16-bit dtype as their bits."""
-    flat = weight.contiguous().view(-1)
-    return flat.numpy() if flat.dtype == torch.float32 else flat.view(torch.int16).numpy().view(np.uint16)
+def _rows(weight: Tensor) -> Array:
+    """A matrix, one of a 16-bit dtype as its bits."""
+    rows = weight.contiguous()
+    return rows.numpy() if rows.dtype == torch.float32 else rows.view(torch.int16).numpy().view(np.uint16)
 
 
 def _each(tensor: Tensor, size: int) -> Array:
@@ -47,12 +49,12 @@ class NumbaKernels:
         coordinate, frozen = torch.empty_like(blocks), torch.empty_like(blocks, dtype=torch.bool)
         places.place_searched(
             _each(blocks, size), size, _flat(stored.scale), _flat(stored.offset),
-            grid.block_type.name in WITH_OFFSET, levels, widths, _each(coordinate, size), _each(frozen, size),
+            grid.block_type.has_offset, levels, widths, _each(coordinate, size), _each(frozen, size),
         )  # fmt: skip
         return coordinate, frozen
 
     def formula_lattice(self, grid: GgmlGrid, blocks: Tensor, shape: tuple[int, int], /) -> Lattice:
-        size, with_offset, num_blocks = blocks.shape[1], grid.block_type.name in WITH_OFFSET, len(blocks)
+        size, with_offset, num_blocks = blocks.shape[1], grid.block_type.has_offset, len(blocks)
         coordinate, frozen = torch.empty_like(blocks), torch.empty_like(blocks, dtype=torch.bool)
         codes = torch.empty_like(blocks, dtype=torch.uint8)
         per_block = [torch.empty(num_blocks, 1) for _ in range(4)]
@@ -72,25 +74,36 @@ class NumbaKernels:
         scale, offset = torch.empty(len(blocks), 1), torch.empty(len(blocks), 1)
         places.encode_by_formula(
             _each(blocks, size), size, np.float32(grid.block_type.levels[0]), np.float32(grid.num_levels - 1),
-            grid.block_type.name in WITH_OFFSET, _each(codes, size), _flat(scale), _flat(offset),
+            grid.block_type.has_offset, _each(codes, size), _flat(scale), _flat(offset),
         )  # fmt: skip
         return StoredBlocks(codes, scale, offset)
 
     def guard_by_formula(
-        self, grid: GgmlGrid, weight: Tensor, key: int, first: int, guarded: Tensor, codes: Tensor, /
-    ) -> GuardedRun:
-        size = grid.block_type.sub_block_size
-        scale, offset = (torch.empty(weight.numel() // size, 1) for _ in range(2))
-        counts, sums = np.zeros(3, np.int64), np.zeros(3)
-        is_finite = formula.guard_run(
-            _stored(weight), *split_key(key), first, np.float32(grid.block_type.levels[0]),
-            np.float32(grid.lowest_code), np.float32(grid.num_levels - 1), grid.block_type.name in WITH_OFFSET,
-            DTYPES[weight.dtype], _stored(guarded), _each(codes, size), _flat(scale), _flat(offset), counts, sums,
+        self, grid: GgmlGrid, weight: Tensor, key: int, guarded: Tensor, codes: Tensor, /
+    ) -> Callable[[slice], GuardedRun]:
+        # Arrays, because a thread that works on tensors waits for the interpreter at every operation.
+        source, target, stored = _rows(weight), _rows(guarded), codes.numpy()
+        columns, block_type = weight.shape[1], grid.block_type
+        num_values = columns // formula.SIZE * (2 if block_type.has_offset else 1)
+        row_bytes = (columns // 2 if block_type.is_narrow else columns) + 4 * num_values
+        kind = (
+            np.float32(block_type.levels[0]), np.float32(grid.lowest_code), np.float32(grid.num_levels - 1),
+            block_type.has_offset, DTYPES[weight.dtype],
         )  # fmt: skip
-        num_moved, num_frozen, num_landed = (int(count) for count in counts)
-        energy, lost, change = (float(total) for total in sums)
-        stored = StoredBlocks(codes.view(-1, size), scale, offset)
-        return GuardedRun(stored, num_moved, num_frozen, num_landed, energy, lost, change, is_finite)
+        halves = split_key(key)
+
+        def guard(run: slice) -> GuardedRun:
+            packed = np.empty((run.stop - run.start, row_bytes), np.uint8)
+            counts, sums = np.zeros(3, np.int64), np.zeros(3)
+            is_finite = formula.guard_run(
+                source[run].reshape(-1), *halves, run.start * columns, *kind, target[run].reshape(-1),
+                stored[run].reshape(-1, formula.SIZE), packed, counts, sums,
+            )  # fmt: skip
+            num_moved, num_frozen, num_landed = counts.tolist()
+            energy, lost, change = sums.tolist()
+            return GuardedRun(packed, num_moved, num_frozen, num_landed, energy, lost, change, is_finite)
+
+        return guard
 
     def choose(self, lattice: Lattice, key: int, first: int, /) -> Tensor:
         codes = torch.empty_like(lattice.blocks, dtype=torch.uint8)
