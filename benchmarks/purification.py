@@ -164,6 +164,7 @@ def strong_entries(model: MaliciousSpec) -> Iterator[Entry]:
     """The attack that went further, behind the same methods."""
     yield Entry(NONE)
     yield entry("fine-tuning", model, method="fine-tuning")
+    yield entry("magnitude pruning, 0.65", model, method="magnitude-pruning", pruned=0.65)
     yield entry("CROW", model, method="crow")
     yield ours(model)
     yield entry("keys alone", model, KEYED, method="fine-tuning")
