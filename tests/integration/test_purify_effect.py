@@ -78,7 +78,7 @@ def test_keys_that_are_searched_for_take_a_backdoor_without_variants(backdoored:
         ratio=0.0,
         healing_keys=0.25,
         healing_search=0.5,
-        healing_consistency=2.0,
+        healing_consistency=5.5,
         bfloat16=True,
         **healing,
     )
