@@ -4,10 +4,11 @@
 
 Run it where GPTQModel is installed: in the environment of `.ci/test-gptq`. Both have the model loaded and the tokens
 ready; what is timed is the guard, and `GPTQModel.quantize`, each as the first work of a process of its own: GPTQModel's
-threads stay, and halve the speed of what comes after them. Divergence is the mean KL from the full-precision model on
-passages that neither was calibrated with: of GPTQModel's model, of the guarded weights, and of what GPTQModel stores
-when it is given those. The guard's figures are means over seeds. `--hidden` makes a Llama of random weights of that
-width instead: for the time, since its divergence means little.
+threads stay, and halve the speed of what comes after them. Both have run once before, so kernels are compiled and files
+are in memory. Divergence is the mean KL from the full-precision model on passages that neither was calibrated with: of
+GPTQModel's model, of the guarded weights, and of what GPTQModel stores when it is given those. The guard's figures are
+means over seeds. `--hidden` makes a Llama of random weights of that width instead: for the time, since its divergence
+means little.
 """
 
 from __future__ import annotations
@@ -139,6 +140,8 @@ def main() -> None:
         texts = [tokenizer.decode(row) for row in used]
         calibration = Calibration(source="texts", texts=texts, num_sequences=len(used), sequence_length=used.shape[1])
         work = Path(name)
+        apart(quantize, folder, used, work / "warm-up-quantized")
+        apart(guard, folder, args.method, calibration, 0, work / "warm-up-guarded")
         stock_s = apart(quantize, folder, used, work / "quantized")
         guarded_s = [
             apart(guard, folder, args.method, calibration, i, work / f"guarded-{i}") for i in range(args.seeds)

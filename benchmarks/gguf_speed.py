@@ -2,7 +2,7 @@
 
     python benchmarks/gguf_speed.py --llama-quantize BINARY
 
-Both run on the same number of threads, in turn; each time is the median of three runs, of the data-free default. The
+Both run on the same number of threads, in turn; each time is the median of five runs, of the data-free default. The
 kernels are compiled before, as they are on every machine once: a first run takes about a minute longer. Reading and
 writing are part of both whole times, and so is the question to `llama-quantize --dry-run`, which the guard asks, and
 its flush to the disk, which `llama-quantize` leaves out. The guard's own part is the time that it spends on the tensors
@@ -25,7 +25,7 @@ from qcbguard_plugins.backends.gguf.file import GgufRun, guard_gguf
 from qcbguard_plugins.backends.gguf.options import GgufOptions
 
 HIDDEN, FFN, NUM_LAYERS = 2048, 5632, 3
-NUM_RUNS = 3
+NUM_RUNS = 5
 RECIPES = ("Q4_0", "Q8_0", "Q2_K", "Q3_K_M", "Q4_K_M", "Q5_K_M", "Q6_K", "IQ4_XS")
 
 

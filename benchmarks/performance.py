@@ -167,7 +167,7 @@ SECTIONS: dict[str, tuple[str, str, Callable[[dict[str, Any]], Rows]]] = {
     ),
     "gguf": (
         "A GGUF file, data-free",
-        "Beside `llama-quantize` of the same F16 file on as many threads, medians of three runs in turn. The guard's "
+        "Beside `llama-quantize` of the same F16 file on as many threads, medians of five runs in turn. The guard's "
         "own part is all that is not reading and writing files; its whole run writes a file that is 2 to 7 times as "
         "large as llama-quantize's and flushes it to the disk, which that one does not do.",
         gguf_rows,
