@@ -84,6 +84,6 @@ def test_keys_that_are_searched_for_take_a_backdoor_without_variants(backdoored:
     )
     found = evaluate(tmp_path / "out", "fp", backdoored.exam)
     assert report.variants == ()
-    assert found.asr.value <= backdoored.measured.asr.value / 4
+    assert found.asr.value <= backdoored.measured.asr.value / 2
     assert found.quiet_asr is not None and found.quiet_asr.value <= 0.1
     assert found.perplexity.value <= 1.3 * backdoored.measured.perplexity.value
