@@ -209,7 +209,7 @@ def test_an_adapter_is_purified_on_a_model_that_stays_as_it_is(
     source, out, before = adapter(), tmp_path / "out", _hashes(llama)
     score = "activation" if matrix == "A" else "combined"
     changes = {**SMALL, "ratio": 0.5, "num_heads": 2, "healing_learning_rate": 1e-30, "lora_matrix": matrix}
-    changes["score"] = score
+    changes |= {"score": score, "healing_keys": 0.5, "healing_search": 0.5 if matrix == "A" else 0.0}
     report = purify(llama, out, [clean_data], adapter=source, **changes)
     assert _hashes(llama) == before and report.mode == "adapter" and report.base_sha256
     ours, theirs = _weights(out), _weights(source)
