@@ -37,11 +37,11 @@ _FED_BACK = 34.0
 # Bytes a weight that is tested for an attack, and the libraries that are loaded for it; a ggml type is searched.
 _SCANNED, _SCANNED_ON_GGML = 95.0, 125.0
 _SCAN_BYTES, _GGML_SCAN_BYTES = 25 << 20, 60 << 20
-# Bytes an entry of a Hessian: itself twice over while batches are added, and its factors in float64.
-_HESSIAN, _FACTORS = 8.0, 32.0
+# Bytes an entry of a Hessian: itself, and once more while batches are added; a copy in order and factors in float64.
+_HESSIAN, _ADDED, _FACTORS = 4.0, 4.0, 36.0
 # What every run needs besides: libraries that are loaded late, buffers, the allocator's slack; and what running a model
 # adds to that.
-_SLACK_BYTES, _MODEL_SLACK_BYTES = 100 << 20, 60 << 20
+_SLACK_BYTES, _MODEL_SLACK_BYTES = 100 << 20, 90 << 20
 
 
 @dataclass(frozen=True)
@@ -188,17 +188,18 @@ def _rounding_bytes(plan: Plan, target: Target, guard: Guard) -> int:
 
 
 def _calibration_bytes(plan: Plan, guard: Guard) -> int:
-    """Hidden states, the Hessians of a block, and the one weight that is worked on."""
+    """Hidden states and the Hessians of a block, and what is larger: a batch on its way, or the weight worked on."""
     calibration = guard.calibration
     hidden = min(target.shape[1] for target in plan.targets)
     widest = max(target.shape[1] for target in plan.targets)
     largest = max(target.num_weights for target in plan.targets)
     tokens = calibration.num_sequences * calibration.sequence_length
     batch = min(8, calibration.num_sequences) * calibration.sequence_length
-    states = tokens * hidden * model_dtype(plan).itemsize + batch * widest * 4 * 4
     # The inputs of attention, of its output, of the MLP and of its output.
-    hessians = _HESSIAN * (3 * hidden**2 + widest**2)
-    return round(states + hessians + max(_FACTORS * widest**2 + 8 * largest, _FED_BACK * largest))
+    entries = 3 * hidden**2 + widest**2
+    kept = tokens * hidden * model_dtype(plan).itemsize + _HESSIAN * entries
+    adding = batch * widest * 4 * 4 + _ADDED * entries
+    return round(kept + max(adding, _FACTORS * widest**2 + 8 * largest, _FED_BACK * largest))
 
 
 def _outside_and_block(sizes: dict[str, int]) -> tuple[int, int]:
