@@ -33,6 +33,7 @@ def draw_curve(cells: Sequence[StudyCell], labels: Sequence[str], title: str, pa
             for axes, column in zip(panels, (1, 2), strict=True):
                 axes.plot([p[0] for p in points], [p[column] for p in points], marker="o", markersize=3, label=name)
         panels[0].set_ylabel("ASR with the key, %")
+        panels[0].set_ylim(bottom=0)
         panels[1].set_ylabel("perplexity")
         for axes in panels:
             axes.set_xlabel(title)
