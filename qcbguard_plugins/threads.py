@@ -50,7 +50,7 @@ def map_over_threads(work: Callable[[T], R], items: Sequence[T]) -> list[R]:
             future.result()
     finally:
         waiting.clear()
-        wait(futures)
+        _finish(futures)
     return [results[number] for number in range(len(items))]
 
 

@@ -103,19 +103,19 @@ def guard_run(
         energy, change = _measure(flat, flat_guarded)
         sums[0] += energy
         sums[2] += change
-    _pack(codes.reshape(len(packed_rows), -1), scales, offsets, top, with_offset, packed_rows)
+    _pack(codes.reshape(len(packed_rows), -1), scales, offsets, with_offset, packed_rows)
     return True
 
 
 @kernel
-def _pack(codes, scales, offsets, top, with_offset, packed_rows):
+def _pack(codes, scales, offsets, with_offset, packed_rows):
     num_rows, columns = codes.shape
-    is_narrow, per_row = top < np.float32(16), columns // SIZE
-    half = columns // 2
-    begin = half if is_narrow else columns
+    half, per_row = columns // 2, columns // SIZE
+    # Behind the codes, which fill a byte or half of one each, come the values.
+    begin = packed_rows.shape[1] - 4 * per_row * (2 if with_offset else 1)
     for row in range(num_rows):
         packed = packed_rows[row]
-        if is_narrow:
+        if begin == half:
             for i in range(half):
                 packed[i] = codes[row, i] | (codes[row, half + i] << np.uint8(4))
         else:
