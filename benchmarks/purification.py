@@ -67,10 +67,6 @@ APART = changed(ratio=0.1, num_healing=3_000, healing_learning_rate=2e-4)
 EIGHT = APART.model_copy(update={"num_variants": 8})
 
 
-#: The fields of the chosen healing.
-HEALING = ("healing_keys", "healing_search", "healing_consistency")
-
-
 def attacked(scenario: str, injection: InjectionSpec = INJECTION) -> MaliciousSpec:
     """A model with the backdoor at every precision."""
     return MaliciousSpec(scenario=scenario, injection=injection)
@@ -133,7 +129,8 @@ def adapter_entries(model: AdapterSpec) -> Iterator[Entry]:
     yield entry("CROW", model, ON_ADAPTERS, method="crow")
     yield entry("immunization (paper's score)", model, ON_ADAPTERS.model_copy(update={"score": "combined"}))
     keyed = ON_ADAPTERS.model_copy(update={"healing_keys": KEYED.healing_keys})
-    searched = ON_ADAPTERS.model_copy(update={name: getattr(SEARCHED, name) for name in HEALING})
+    healing = SEARCHED.model_dump(include={"healing_keys", "healing_search", "healing_consistency"})
+    searched = ON_ADAPTERS.model_copy(update=healing)
     yield entry(OURS, model, searched, method="fine-tuning")
     yield entry("keys alone", model, keyed, method="fine-tuning")
     yield entry("suppression and keys", model, keyed)
