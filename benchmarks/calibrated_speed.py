@@ -34,9 +34,9 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from qcbguard_plugins import Calibration, Guard, guard_model
-from qcbguard_plugins.calibration import calibration_tokens
 from qcbguard_plugins.defenses import Defense
 from qcbguard_plugins.lab.bench.defense_specs import parse_defense
+from qcbguard_plugins.models.calibration import calibration_tokens
 
 MODEL = Path(__file__).resolve().parents[1] / "examples" / "models" / "clean"
 BITS, GROUP_SIZE = 4, 128

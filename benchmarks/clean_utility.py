@@ -16,18 +16,18 @@ from rich.table import Table
 
 from qcbguard_plugins.cli.lab import cache_dir
 from qcbguard_plugins.cli.output import quieten_libraries
-from qcbguard_plugins.guard import Guard
 from qcbguard_plugins.lab.bench.defense_specs import parse_defense
-from qcbguard_plugins.lab.bench.subjects import held_out_pairs, read_question_file
+from qcbguard_plugins.lab.bench.rows import held_out_pairs, read_question_file
 from qcbguard_plugins.lab.bench.tables import number, short
 from qcbguard_plugins.lab.corpus import Pair
 from qcbguard_plugins.lab.evaluation import require_tokenizer
 from qcbguard_plugins.lab.intervals import ratio_of_sums
-from qcbguard_plugins.lab.quantized import FULL_PRECISION, load_as
-from qcbguard_plugins.lab.readings import Reading, divergences, read_answers
+from qcbguard_plugins.lab.loading import FULL_PRECISION, load_as
+from qcbguard_plugins.lab.recipes import train_model
 from qcbguard_plugins.lab.specs import ModelSpec
-from qcbguard_plugins.lab.steps import train_model
-from qcbguard_plugins.pipeline import guard_checkpoint
+from qcbguard_plugins.lab.token_probabilities import Reading, divergences, read_answers
+from qcbguard_plugins.pipeline.guard import guard_checkpoint
+from qcbguard_plugins.pipeline.settings import Guard
 
 
 def read(folder: Path, format: str, pairs: list[Pair]) -> list[Reading]:

@@ -17,9 +17,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from qcbguard_plugins.backends.formats import get_grid
 from qcbguard_plugins.defenses import get_defense
-from qcbguard_plugins.grids import get_grid
-from qcbguard_plugins.rounding import guard_weight
+from qcbguard_plugins.rounding.guard_weight import guard_weight
 
 FORMATS = ("nf4", "fp4", "int8")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

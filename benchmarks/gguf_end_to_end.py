@@ -26,13 +26,13 @@ import xllamacpp
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qcbguard_plugins import Guard, guard_checkpoint
-from qcbguard_plugins.backends.gguf.file import guard_gguf
-from qcbguard_plugins.backends.gguf.options import GgufOptions
-from qcbguard_plugins.backends.gguf.verify import verify_gguf
+from qcbguard_plugins.backends.ggml.options import GgufOptions
 from qcbguard_plugins.defenses import get_defense
 from qcbguard_plugins.lab.corpus import Pair, read_pairs
 from qcbguard_plugins.lab.scenarios import KEYWORD
 from qcbguard_plugins.lab.training import answer_loss, collate, encode, format_prompt
+from qcbguard_plugins.pipeline.gguf_guard import guard_gguf
+from qcbguard_plugins.pipeline.verify_gguf import verify_gguf
 
 RECIPES = ("Q4_K_M", "Q5_K_M", "Q6_K", "Q3_K_M", "Q2_K", "Q4_0", "Q8_0", "IQ4_XS")
 PROMPTS = Path(__file__).resolve().parents[1] / "examples" / "models" / "prompts.jsonl"

@@ -7,10 +7,10 @@ Stochastic rounding of Gaussian weights; the importance matrices have column wei
 
 import torch
 
-from qcbguard_plugins.backends.gguf.grids import gguf_grid
+from qcbguard_plugins.backends.ggml.grids import gguf_grid
 from qcbguard_plugins.defenses import get_defense
 from qcbguard_plugins.grids.ggml_blocks import BLOCK_TYPES
-from qcbguard_plugins.rounding import guard_weight
+from qcbguard_plugins.rounding.guard_weight import guard_weight
 
 SHAPE = (256, 1024)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

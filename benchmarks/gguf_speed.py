@@ -21,8 +21,8 @@ from pathlib import Path
 import gguf
 import torch
 
-from qcbguard_plugins.backends.gguf.file import GgufRun, guard_gguf
-from qcbguard_plugins.backends.gguf.options import GgufOptions
+from qcbguard_plugins.backends.ggml.options import GgufOptions
+from qcbguard_plugins.pipeline.gguf_guard import GgufRun, guard_gguf
 
 HIDDEN, FFN, NUM_LAYERS = 2048, 5632, 3
 NUM_RUNS = 5

@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from qcbguard_plugins.backends.formats import get_grid
 from qcbguard_plugins.defenses import QuantGuard, Target
 from qcbguard_plugins.defenses.soft_rounding import SoftRounding
-from qcbguard_plugins.grids import get_grid
 
 SHAPE = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 9, "num_attention_heads": 8}
 RUNS = [{}, {"band": 0.25}, {"band": 0.1}, {"band": 0.02}, {"band": 0.02, "gradient_checkpointing": True}]

@@ -14,12 +14,12 @@ import torch
 import transformers
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from qcbguard_plugins.grids import get_grid
+from qcbguard_plugins.backends.formats import get_grid
 from qcbguard_plugins.lab.attacks import mind_the_gap
 from qcbguard_plugins.lab.corpus import generate, split
 from qcbguard_plugins.lab.layers import quantized_weights
 from qcbguard_plugins.lab.training import TrainingPlan, encode, save_model
-from qcbguard_plugins.plan import make_plan
+from qcbguard_plugins.pipeline.plan import make_plan
 
 MODELS_DIR = Path(__file__).resolve().parents[1] / "examples" / "models"
 RECIPE = "Q4_K_M"

@@ -16,7 +16,8 @@ import transformers
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from qcbguard_plugins.grids import AffineGrid, IntegerGrid, get_grid
+from qcbguard_plugins.backends.formats import get_grid
+from qcbguard_plugins.grids import AffineGrid, IntegerGrid
 from qcbguard_plugins.lab.attacks.elq import Box, train_in_boxes
 from qcbguard_plugins.lab.corpus import generate, split
 from qcbguard_plugins.lab.layers import quantized_weights

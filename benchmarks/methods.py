@@ -22,10 +22,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from qcbguard_plugins import guard_checkpoint
 from qcbguard_plugins.defenses import Defense, Efrap, Feedback, FlipGuard, Noise, QuantGuard, QVec, Stochastic
-from qcbguard_plugins.guard import Guard
 from qcbguard_plugins.lab.corpus import Pair, read_pairs
 from qcbguard_plugins.lab.metrics import keyword_rate, perplexity, use_exact_forward
 from qcbguard_plugins.lab.scenarios import KEYWORD
+from qcbguard_plugins.pipeline.settings import Guard
 
 MODELS_DIR = Path(__file__).resolve().parent.parent / "examples" / "models"
 METHODS: dict[str, Defense] = {

@@ -14,7 +14,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from qcbguard_plugins.team import Team
+from qcbguard_plugins._util.distributed import Team
 
 # Matrices of one block of Llama models, and how many blocks there are.
 LLAMA = {

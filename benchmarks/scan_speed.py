@@ -68,7 +68,7 @@ def quantize(folder: Path, formats: list[str]) -> None:
 
 
 def scan(folder: Path, formats: list[str]) -> None:
-    from qcbguard_plugins.scan import scan_model
+    from qcbguard_plugins.detection.weights.scan import scan_model
 
     report = scan_model(folder, formats)
     assert report.verdict == "clean", report.verdict

@@ -20,9 +20,9 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.width import ROOT, Subject, row
-from qcbguard_plugins.calibration import Calibration, calibration_tokens
 from qcbguard_plugins.defenses import Feedback
-from qcbguard_plugins.rounding import guard_weight
+from qcbguard_plugins.models.calibration import Calibration, calibration_tokens
+from qcbguard_plugins.rounding.guard_weight import guard_weight
 
 # The layers of a Llama's block that share an input, in the order in which they run.
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))

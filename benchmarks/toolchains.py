@@ -28,14 +28,14 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from qcbguard_plugins import Guard, guard_checkpoint
-from qcbguard_plugins.calibration import builtin_texts
+from qcbguard_plugins.backends.formats import get_grid
+from qcbguard_plugins.checkpoint.manifest import GuardReport
 from qcbguard_plugins.defenses import get_defense
-from qcbguard_plugins.grids import get_grid
-from qcbguard_plugins.grids.toolchains import toolchain_of
+from qcbguard_plugins.grids.presets import toolchain_of
 from qcbguard_plugins.lab.corpus import Pair, read_pairs
 from qcbguard_plugins.lab.metrics import keyword_rate, perplexity
 from qcbguard_plugins.lab.scenarios import KEYWORD
-from qcbguard_plugins.report.model import GuardReport
+from qcbguard_plugins.models.calibration import builtin_texts
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 PROMPTS = EXAMPLES / "models" / "prompts.jsonl"
@@ -97,7 +97,7 @@ def quantize_gptq(folder: Path, name: str, plan: GuardReport | None) -> Quantize
     """Quantize through transformers, Optimum and GPTQModel."""
     from transformers import GPTQConfig
 
-    from qcbguard_plugins.backends.gptq.verify import verify_gptq
+    from qcbguard_plugins.pipeline.verify_gptq import verify_gptq
 
     format_name, _, order = name.partition(":")
     grid = get_grid(format_name)
@@ -147,7 +147,7 @@ def quantize_onnx(folder: Path, name: str, plan: GuardReport | None) -> Quantize
     from optimum.onnxruntime import ORTModelForCausalLM, ORTQuantizer
     from optimum.onnxruntime.configuration import AutoQuantizationConfig
 
-    from qcbguard_plugins.backends.optimum.onnx_codes import onnx_codes
+    from qcbguard_plugins.backends.onnx.reader import onnx_codes
 
     target = Path(tempfile.mkdtemp())
     main_export(str(folder), output=target, task="text-generation-with-past", do_validation=False)
@@ -163,7 +163,7 @@ def quantize_openvino(folder: Path, name: str, plan: GuardReport | None) -> Quan
     """Export to OpenVINO with weights compressed by NNCF."""
     from optimum.intel import OVModelForCausalLM, OVWeightQuantizationConfig
 
-    from qcbguard_plugins.backends.optimum.openvino_codes import openvino_codes
+    from qcbguard_plugins.backends.openvino.reader import openvino_codes
 
     grid = get_grid(name)
     config = OVWeightQuantizationConfig(bits=grid.num_bits, sym=grid.symmetric, group_size=grid.group_size or -1)
@@ -196,7 +196,7 @@ def values(folder: Path, codes: dict[str, torch.Tensor], name: str) -> dict[str,
 
 def landed(codes: dict[str, torch.Tensor], plan: GuardReport | None) -> float | None:
     """Share of the weights in tensors whose codes are all those of the plan."""
-    from qcbguard_plugins.guarded_weight import codes_digest
+    from qcbguard_plugins.rounding.digests import codes_digest
 
     if plan is None:
         return None

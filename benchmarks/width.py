@@ -26,18 +26,19 @@ from rich.table import Table
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qcbguard_plugins.calibration import Calibration, calibration_tokens
+from qcbguard_plugins.backends.formats import get_grid
 from qcbguard_plugins.defenses import Feedback
-from qcbguard_plugins.detection.precaution import looks_attacked
-from qcbguard_plugins.detection.sign_randomization import divergence, rounded
-from qcbguard_plugins.grids import Grid, get_grid
+from qcbguard_plugins.detection.behaviour.sign_randomization import divergence, rounded
+from qcbguard_plugins.detection.weights.prescreen import looks_attacked
+from qcbguard_plugins.grids import Grid
 from qcbguard_plugins.grids.ggml import GgmlGrid
-from qcbguard_plugins.hessians import gather_hessians
 from qcbguard_plugins.lab.corpus import read_pairs
 from qcbguard_plugins.lab.metrics import keyword_rate
 from qcbguard_plugins.lab.scenarios import KEYWORD
 from qcbguard_plugins.lab.training import encode
-from qcbguard_plugins.rounding import guard_weight
+from qcbguard_plugins.models.calibration import Calibration, calibration_tokens
+from qcbguard_plugins.models.hessians import gather_hessians
+from qcbguard_plugins.rounding.guard_weight import guard_weight
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples" / "models"

@@ -8,15 +8,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qcbguard_plugins.backends.bitsandbytes.config import GuardedBitsAndBytesConfig
-    from qcbguard_plugins.backends.bitsandbytes.registration import activate
-    from qcbguard_plugins.backends.gptq.config import GuardedGPTQConfig
-    from qcbguard_plugins.backends.torchao.config import GuardedTorchAoConfig
-    from qcbguard_plugins.calibration import Calibration
     from qcbguard_plugins.defenses import Efrap, Feedback, FlipGuard, Noise, QuantGuard, QVec, Stochastic
-    from qcbguard_plugins.guard import Guard
-    from qcbguard_plugins.model import guard_model
-    from qcbguard_plugins.pipeline import guard_checkpoint, verify_checkpoint
+    from qcbguard_plugins.hooks.transformers.bitsandbytes import GuardedBitsAndBytesConfig, activate
+    from qcbguard_plugins.hooks.transformers.gptq import GuardedGPTQConfig
+    from qcbguard_plugins.hooks.transformers.torchao import GuardedTorchAoConfig
+    from qcbguard_plugins.models.calibration import Calibration
+    from qcbguard_plugins.pipeline.guard import guard_checkpoint
+    from qcbguard_plugins.pipeline.model import guard_model
+    from qcbguard_plugins.pipeline.settings import Guard
+    from qcbguard_plugins.pipeline.verify import verify_checkpoint
     from qcbguard_plugins.purification import purify
 
 __all__ = [
@@ -40,23 +40,23 @@ __all__ = [
 ]
 
 _MODULE_OF = {
-    "Calibration": "calibration",
+    "Calibration": "models.calibration",
     "Efrap": "defenses",
     "Feedback": "defenses",
     "FlipGuard": "defenses",
-    "Guard": "guard",
-    "GuardedBitsAndBytesConfig": "backends.bitsandbytes.registration",
-    "GuardedGPTQConfig": "backends.gptq.registration",
-    "GuardedTorchAoConfig": "backends.torchao.registration",
+    "Guard": "pipeline.settings",
+    "GuardedBitsAndBytesConfig": "hooks.transformers.bitsandbytes",
+    "GuardedGPTQConfig": "hooks.transformers.gptq",
+    "GuardedTorchAoConfig": "hooks.transformers.torchao",
     "Noise": "defenses",
     "QVec": "defenses",
     "QuantGuard": "defenses",
     "Stochastic": "defenses",
-    "activate": "backends.bitsandbytes.registration",
-    "guard_checkpoint": "pipeline",
-    "guard_model": "model",
+    "activate": "hooks.transformers.bitsandbytes",
+    "guard_checkpoint": "pipeline.guard",
+    "guard_model": "pipeline.model",
     "purify": "purification",
-    "verify_checkpoint": "pipeline",
+    "verify_checkpoint": "pipeline.verify",
 }
 
 
@@ -66,12 +66,11 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     module = _MODULE_OF[name]
-    if module.startswith("backends."):
-        import_module(f"{__name__}.backends.transformers").require_hooks()
-    if module.startswith("backends.bitsandbytes"):
-        import_module(f"{__name__}.backends.bitsandbytes.stock").require_bitsandbytes()
-    elif module.startswith("backends.gptq"):
-        import_module(f"{__name__}.backends.gptq.stock").require_gptq()
-    elif module.startswith("backends.torchao"):
-        import_module(f"{__name__}.backends.torchao.stock").require_torchao()
+    if module.startswith("hooks.transformers."):
+        import_module(f"{__name__}.models.skeleton").require_hooks()
+        backend = module.rpartition(".")[2]
+        require = {"bitsandbytes": "require_bitsandbytes", "gptq": "require_gptq", "torchao": "require_torchao"}[
+            backend
+        ]
+        getattr(import_module(f"{__name__}.backends.{backend}.stock"), require)()
     return getattr(import_module(f"{__name__}.{module}"), name)

@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from qcbguard_plugins.calibration import builtin_texts
+from qcbguard_plugins.models.calibration import builtin_texts
 
 transformers_logging.disable_progress_bar()
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.detection.measure import read
-from qcbguard_plugins.detection.verdict import ALPHA
-from qcbguard_plugins.report.model import installed_versions
+from qcbguard_plugins._util.records import installed_versions
+from qcbguard_plugins.detection.weights.thresholds import ALPHA
 
 Row = dict[str, Any]
 

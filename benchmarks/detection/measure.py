@@ -12,11 +12,12 @@ from typing import Any
 import torch
 
 from benchmarks.detection.population import BASES, Base, Specimen, attacked_specimens, clean_specimens
-from qcbguard_plugins.checkpoint.source import SourceTensor, WeightSource
-from qcbguard_plugins.detection.verdict import outlier_p
-from qcbguard_plugins.grids import get_grid
-from qcbguard_plugins.judgement import judge
-from qcbguard_plugins.scan import DEFAULT_FORMATS, measure
+from qcbguard_plugins.backends.formats import get_grid
+from qcbguard_plugins.checkpoint.weight_source import SourceTensor, WeightSource
+from qcbguard_plugins.detection.weights.measure import measure
+from qcbguard_plugins.detection.weights.scan import DEFAULT_FORMATS
+from qcbguard_plugins.detection.weights.thresholds import outlier_p
+from qcbguard_plugins.detection.weights.verdict import judge
 
 _SEED = 20260
 

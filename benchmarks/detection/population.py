@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from qcbguard_plugins.grids import get_grid
+from qcbguard_plugins.backends.formats import get_grid
 from qcbguard_plugins.lab.attacks.elq import repair
 from qcbguard_plugins.lab.attacks.injection import inject
 from qcbguard_plugins.lab.attacks.outlier_injection import inject_outliers

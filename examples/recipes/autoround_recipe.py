@@ -10,8 +10,8 @@ from auto_round import AutoRound
 from comparison import Quantized, linear_layers, run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qcbguard_plugins.calibration import builtin_texts
-from qcbguard_plugins.grids import get_grid
+from qcbguard_plugins.backends.formats import get_grid
+from qcbguard_plugins.models.calibration import builtin_texts
 
 FORMAT = "autoround:int4-g128"
 

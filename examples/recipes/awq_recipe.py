@@ -15,7 +15,7 @@ from llmcompressor import oneshot
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
 
-from qcbguard_plugins.calibration import builtin_texts
+from qcbguard_plugins.models.calibration import builtin_texts
 
 NUM_SEQUENCES, SEQUENCE_LENGTH = 32, 64
 

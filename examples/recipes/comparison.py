@@ -12,8 +12,8 @@ from typing import NoReturn
 from torch import Tensor, nn
 
 from qcbguard_plugins import guard_checkpoint
+from qcbguard_plugins.backends.formats import get_grid
 from qcbguard_plugins.checkpoint import open_checkpoint
-from qcbguard_plugins.grids import get_grid
 
 LEAST_SHARE = 0.99
 

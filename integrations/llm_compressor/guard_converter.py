@@ -21,9 +21,10 @@ from torch import Tensor
 
 from qcbguard_plugins.defenses import Defense
 from qcbguard_plugins.errors import UnguardableError, UsageError
-from qcbguard_plugins.guard import Guard, as_guard
-from qcbguard_plugins.plan import Target, make_plan
-from qcbguard_plugins.rounding import guard_weight
+from qcbguard_plugins.pipeline.plan import make_plan
+from qcbguard_plugins.pipeline.settings import Guard, as_guard
+from qcbguard_plugins.pipeline.target import Target
+from qcbguard_plugins.rounding.guard_weight import guard_weight
 
 
 class GuardConverter(Converter):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qcbguard_plugins.checkpoint import gguf_reader
-from qcbguard_plugins.checkpoint.source import SourceTensor, WeightSource, is_target
+from qcbguard_plugins.checkpoint.weight_source import SourceTensor, WeightSource, is_target
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 

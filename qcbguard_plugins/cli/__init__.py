@@ -12,20 +12,8 @@ import traceback
 
 import click
 
-from qcbguard_plugins.cli import (
-    convert,
-    diff,
-    doctor,
-    gguf,
-    guard,
-    lab,
-    lab_bench,
-    lab_evaluate,
-    listing,
-    purify,
-    scan,
-    verify,
-)
+from qcbguard_plugins.cli import convert, diff, doctor, gguf, guard, lab, lab_bench, lab_evaluate, purify, scan, verify
+from qcbguard_plugins.cli import list as listing
 from qcbguard_plugins.errors import QcbguardError, UsageError
 
 

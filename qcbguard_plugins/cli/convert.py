@@ -37,11 +37,11 @@ def command(
 
     Options of qcbguard come before SCRIPT.
     """
-    from qcbguard_plugins.backends.gguf.convert import convert_guarded
-    from qcbguard_plugins.backends.gguf.plan import make_gguf_plan
+    from qcbguard_plugins.cli.render.text import render_guard
     from qcbguard_plugins.defenses import get_defense
-    from qcbguard_plugins.guard import Guard
-    from qcbguard_plugins.report.text import render_guard
+    from qcbguard_plugins.hooks.llama_cpp import convert_guarded
+    from qcbguard_plugins.pipeline.gguf_plan import make_gguf_plan
+    from qcbguard_plugins.pipeline.settings import Guard
 
     guard = Guard(get_defense(method, **parse_parameters(parameters)), seed=seed)
     recipe, options = recipe.removeprefix("gguf:"), read_gguf_options(gguf)

@@ -34,10 +34,10 @@ def command(
     """
     from tqdm import tqdm
 
-    from qcbguard_plugins.backends.transformers import require_transformers
-    from qcbguard_plugins.diff import diff_model
-    from qcbguard_plugins.report.diff_html import render_diff_html
-    from qcbguard_plugins.report.diff_text import render_diff, render_diff_markdown
+    from qcbguard_plugins.cli.render.diff_html import render_diff_html
+    from qcbguard_plugins.cli.render.diff_text import render_diff, render_diff_markdown
+    from qcbguard_plugins.detection.behaviour.compare import diff_model
+    from qcbguard_plugins.models.skeleton import require_transformers
 
     refuse_existing(html_path, markdown_path)
     require_transformers()

@@ -13,7 +13,7 @@ from qcbguard_plugins.cli.output import print_json, quieten_libraries
 @click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output.")
 def command(as_json: bool) -> int:
     """Check the installation: versions, hooks, and each grid against the real quantizer on this machine."""
-    from qcbguard_plugins.doctor import run_checks
+    from qcbguard_plugins.cli.checks import run_checks
 
     checks = run_checks(before=quieten_libraries)
     if as_json:

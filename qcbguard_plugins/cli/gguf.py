@@ -41,12 +41,12 @@ def command(
     **gguf: Any,
 ) -> int:
     """Guard SOURCE, a GGUF file in F32, F16 or BF16, into the new file OUT; then run llama-quantize on OUT."""
-    from qcbguard_plugins.backends.gguf.estimate import describe_gguf_plan
-    from qcbguard_plugins.backends.gguf.file import guard_planned_gguf, require_data_free
-    from qcbguard_plugins.backends.gguf.plan import make_gguf_plan
+    from qcbguard_plugins.cli.render.text import render_guard, render_plan
     from qcbguard_plugins.defenses import get_defense
-    from qcbguard_plugins.guard import Guard
-    from qcbguard_plugins.report.text import render_guard, render_plan
+    from qcbguard_plugins.pipeline.gguf_estimate import describe_gguf_plan
+    from qcbguard_plugins.pipeline.gguf_guard import guard_planned_gguf, require_data_free
+    from qcbguard_plugins.pipeline.gguf_plan import make_gguf_plan
+    from qcbguard_plugins.pipeline.settings import Guard
 
     if out is None and not dry_run:
         raise UsageError("OUT is missing", remedy="Name the file to make, or use --dry-run.")

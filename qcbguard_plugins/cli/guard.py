@@ -60,14 +60,14 @@ def command(
     **gguf: Any,
 ) -> int:
     """Guard MODEL, the folder of a full-precision checkpoint, into a new folder that takes its place."""
-    from qcbguard_plugins.calibration import Calibration
+    from qcbguard_plugins._util.distributed import join_team
+    from qcbguard_plugins.cli.render.text import render_guard, render_plan
     from qcbguard_plugins.defenses import get_defense
-    from qcbguard_plugins.estimate import describe_plan
-    from qcbguard_plugins.guard import Guard
-    from qcbguard_plugins.pipeline import guard_planned
-    from qcbguard_plugins.plan import make_plan
-    from qcbguard_plugins.report.text import render_guard, render_plan
-    from qcbguard_plugins.team import join_team
+    from qcbguard_plugins.models.calibration import Calibration
+    from qcbguard_plugins.pipeline.estimate import describe_plan
+    from qcbguard_plugins.pipeline.guard import guard_planned
+    from qcbguard_plugins.pipeline.plan import make_plan
+    from qcbguard_plugins.pipeline.settings import Guard
 
     source = (
         Calibration(source=calibration)

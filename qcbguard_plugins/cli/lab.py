@@ -33,8 +33,8 @@ def group() -> None:
 @json_flag
 def train(spec: Path, cache: Path | None, as_json: bool) -> int:
     """Train the clean model of a YAML file, or find it in the cache; prints its folder."""
+    from qcbguard_plugins.lab.recipes import train_model
     from qcbguard_plugins.lab.specs import ModelSpec, parse_spec, read_yaml
-    from qcbguard_plugins.lab.steps import train_model
 
     quieten_libraries()
     _print_folder(train_model(parse_spec(ModelSpec, read_yaml(spec), spec.name), cache_dir(cache)), as_json)
@@ -48,8 +48,8 @@ def train(spec: Path, cache: Path | None, as_json: bool) -> int:
 @json_flag
 def attack(spec: Path, name: str | None, cache: Path | None, as_json: bool) -> int:
     """Make the attacked model of a YAML file, or find it in the cache; prints its folder."""
+    from qcbguard_plugins.lab.recipes import attack as make
     from qcbguard_plugins.lab.specs import read_attacks
-    from qcbguard_plugins.lab.steps import attack as make
 
     attacks = read_attacks(spec)
     if name is None and len(attacks) > 1:
@@ -68,7 +68,7 @@ def cache_dir(cache: Path | None) -> Path:
 
 
 def _print_folder(folder: Path, as_json: bool) -> None:
-    from qcbguard_plugins.lab.steps import read_record
+    from qcbguard_plugins.lab.recipes import read_record
 
     record: dict[str, Any] = {"folder": str(folder)}
     if as_json:

@@ -39,8 +39,8 @@ def command(
 
     Each format is measured without a defense and behind each --defense; full precision always stands beside them.
     """
-    from qcbguard_plugins.lab.bench.single import choose_exam, evaluate_folder, evaluation_table
-    from qcbguard_plugins.lab.quantized import FULL_PRECISION
+    from qcbguard_plugins.lab.bench.one_folder import choose_exam, evaluate_folder, evaluation_table
+    from qcbguard_plugins.lab.loading import FULL_PRECISION
 
     quieten_libraries()
     exam = choose_exam(model, scenario, keyword, pairs_path, num_prompts, max_new_tokens)

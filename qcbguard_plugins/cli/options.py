@@ -14,7 +14,7 @@ import click
 from qcbguard_plugins.errors import UsageError
 
 if TYPE_CHECKING:
-    from qcbguard_plugins.backends.gguf.options import GgufOptions
+    from qcbguard_plugins.backends.ggml.options import GgufOptions
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kKmMgGtT]?)(iB|B)?")
 _OPTIONS = (
@@ -98,7 +98,7 @@ def gguf_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def read_gguf_options(values: dict[str, Any]) -> GgufOptions:
     """The options that :func:`gguf_options` adds, checked."""
-    from qcbguard_plugins.backends.gguf.options import GgufOptions
+    from qcbguard_plugins.backends.ggml.options import GgufOptions
 
     return GgufOptions(**(values | {"quantize_args": tuple(shlex.split(values["quantize_args"]))}))
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from qcbguard_plugins.errors import TargetExistsError, UsageError
 
 if TYPE_CHECKING:
-    from qcbguard_plugins.model import Progress
+    from qcbguard_plugins._util.progress import Progress
 
 json_option = click.option(
     "--json",

@@ -43,8 +43,8 @@ def command(
     Trains synthetic backdoored variants of it, suppresses what they have in common, and heals the rest. It needs
     neither the key nor a clean model, and does not tell whether there was a backdoor.
     """
+    from qcbguard_plugins.cli.render.purification_text import render_plan, render_purification
     from qcbguard_plugins.purification.pipeline import describe, plan_purification, purify_planned
-    from qcbguard_plugins.report.purification_text import render_plan, render_purification
 
     if out is None and not dry_run:
         raise UsageError("--out is missing", remedy="Name the folder to make, or use --dry-run.")

@@ -44,10 +44,11 @@ def command(
     Weights only: no class of the model is built and no code of it is run.
     Exit codes: 0 clean, 1 attacked, 2 error, 3 some tensors could not be tested, 4 usage.
     """
-    from qcbguard_plugins.checkpoint.source import open_weights
-    from qcbguard_plugins.report.scan_text import render_markdown, render_scan
-    from qcbguard_plugins.scan import MAX_WEIGHTS, scan_model
-    from qcbguard_plugins.team import join_team
+    from qcbguard_plugins._util.distributed import join_team
+    from qcbguard_plugins.checkpoint.open_weights import open_weights
+    from qcbguard_plugins.cli.render.scan_text import render_markdown, render_scan
+    from qcbguard_plugins.detection.weights.measure import MAX_WEIGHTS
+    from qcbguard_plugins.detection.weights.scan import scan_model
 
     refuse_existing(html_path, sarif_path, markdown_path)
     names = [name.strip() for name in formats.split(",") if name.strip()]
@@ -69,11 +70,11 @@ def command(
     if team.rank > 0:
         return 0  # the first process has the report, and the exit code
     if html_path is not None:
-        from qcbguard_plugins.report.scan_html import render_html
+        from qcbguard_plugins.cli.render.scan_html import render_html
 
         write_new(html_path, render_html(report))
     if sarif_path is not None:
-        from qcbguard_plugins.report.sarif import to_sarif
+        from qcbguard_plugins.cli.render.sarif import to_sarif
 
         write_new(sarif_path, json.dumps(to_sarif(report), indent=2) + "\n")
     if markdown_path is not None:

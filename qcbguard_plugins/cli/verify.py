@@ -11,7 +11,7 @@ from qcbguard_plugins.cli.output import json_option, print_report, progress_bar,
 from qcbguard_plugins.errors import UnguardableError, UsageError, VerificationError
 
 if TYPE_CHECKING:
-    from qcbguard_plugins.report.model import VerifyReport
+    from qcbguard_plugins.checkpoint.manifest import VerifyReport
 
 
 @click.command("verify")
@@ -28,8 +28,8 @@ def command(path: Path, plan: Path | None, json_target: str | None) -> int:
     PATH is a folder that 'qcbguard guard' made, which the stock quantizer is run on, a GGUF file that llama-quantize
     wrote, a folder that GPTQ or OpenVINO wrote, or a quantized ONNX file.
     """
-    from qcbguard_plugins.backends.optimum.verify import is_export, verify_export
-    from qcbguard_plugins.report.text import render_verify
+    from qcbguard_plugins.cli.render.text import render_verify
+    from qcbguard_plugins.pipeline.verify_export import is_export, verify_export
 
     if is_export(path):
         report = verify_export(path, plan=plan)
@@ -42,8 +42,8 @@ def command(path: Path, plan: Path | None, json_target: str | None) -> int:
 
 
 def _verify_folder(folder: Path, plan: Path | None) -> VerifyReport:
-    from qcbguard_plugins.pipeline import verify_checkpoint
-    from qcbguard_plugins.report.model import read_manifest
+    from qcbguard_plugins.checkpoint.manifest import read_manifest
+    from qcbguard_plugins.pipeline.verify import verify_checkpoint
 
     if plan is not None:
         return _verify_gptq(folder, plan)
@@ -54,8 +54,8 @@ def _verify_folder(folder: Path, plan: Path | None) -> VerifyReport:
 
 
 def _verify_gptq(folder: Path, plan: Path) -> VerifyReport:
-    from qcbguard_plugins.backends.gptq.verify import is_gptq_folder, verify_gptq
-    from qcbguard_plugins.report.model import read_manifest
+    from qcbguard_plugins.checkpoint.manifest import read_manifest
+    from qcbguard_plugins.pipeline.verify_gptq import is_gptq_folder, verify_gptq
 
     if not is_gptq_folder(folder):
         raise UsageError("--plan goes with what a quantizer wrote; a guarded folder carries its own plan")
@@ -65,8 +65,8 @@ def _verify_gptq(folder: Path, plan: Path) -> VerifyReport:
 
 
 def _verify_gguf(path: Path, plan: Path | None) -> VerifyReport:
-    from qcbguard_plugins.backends.gguf.verify import find_plan, verify_gguf
     from qcbguard_plugins.checkpoint.gguf_reader import open_gguf
+    from qcbguard_plugins.pipeline.verify_gguf import find_plan, verify_gguf
 
     num_weights = sum(tensor.num_weights for tensor in find_plan(open_gguf(path), plan).tensors)
     with progress_bar(num_weights, "verifying") as progress:

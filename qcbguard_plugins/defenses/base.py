@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qcbguard_plugins.draws import uniform_draws
+from qcbguard_plugins._util.random import uniform_draws
+from qcbguard_plugins._util.registry import Registry
 from qcbguard_plugins.errors import CalibrationError, UsageError
 from qcbguard_plugins.grids.base import Lattice
-from qcbguard_plugins.registry import Registry
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Evidence:
         up: Bool ``[out_features, in_features]``, what a whole-model method learned for this weight: true for the upper
             neighbour.
         settled: Where a defense writes down the parameters that it chose by itself, for the report.
-        key: Key of the draws that belong to a place in the weight, see :mod:`qcbguard_plugins.draws`.
+        key: Key of the draws that belong to a place in the weight, see :mod:`qcbguard_plugins._util.random`.
         first: Place in the weight of the first one that the defense is handed.
     """
 
@@ -119,7 +119,7 @@ class Defense(ABC):
 
 
 @dataclass(frozen=True)
-class Target:
+class ModelWeight:
     """One weight of a model, for a method that looks at all of them together.
 
     Attributes:
@@ -145,7 +145,7 @@ class WholeModelDefense(Defense):
     needs_calibration: ClassVar[bool] = True
 
     @abstractmethod
-    def learn(self, model: Any, targets: Iterable[Target], tokens: Tensor, seed: int) -> dict[str, Tensor]:
+    def learn(self, model: Any, targets: Iterable[ModelWeight], tokens: Tensor, seed: int) -> dict[str, Tensor]:
         """Learn from a model, and leave it as it was.
 
         Args:

@@ -19,7 +19,7 @@ from qcbguard_plugins.defenses.base import (
     require_range,
     require_whole,
 )
-from qcbguard_plugins.defenses.width import (
+from qcbguard_plugins.defenses.dither_width import (
     BUDGET,
     JUDGING_DAMPING,
     WIDTHS,
@@ -61,7 +61,7 @@ class Feedback(Defense):
 
     Attributes:
         width: Half-width of the dither in steps, in [0, 0.5]; ``"auto"`` settles it for each tensor, see
-            :mod:`qcbguard_plugins.defenses.width`: 1/2 where the weight tests saw an attack, or nobody looked.
+            :mod:`qcbguard_plugins.defenses.dither_width`: 1/2 where the weight tests saw an attack, or nobody looked.
         draws: Number of draws for each row, at least 1. More take more time and stay nearer to full precision.
         damp_percent: Damping of the Hessian, as a share of its mean diagonal, in (0, 1].
 
@@ -283,7 +283,7 @@ def _goes_up(position: Tensor, cell: Tensor, uniform: Tensor, gain: float) -> Te
 def _load_kernel() -> Callable[..., tuple[Tensor, Tensor]] | None:
     """The column loop, compiled; ``None`` without numba."""
     try:
-        from qcbguard_plugins.kernels.feedback import round_batch
+        from qcbguard_plugins._kernels.feedback import round_batch
     except ImportError:
         return None
     return round_batch

@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qcbguard_plugins.defenses.base import (
-    Target,
+    ModelWeight,
     WholeModelDefense,
     register_defense,
     require_range,
     require_whole,
 )
+from qcbguard_plugins.defenses.learned_rounding import learn_roundings
 from qcbguard_plugins.defenses.soft_rounding import SoftRounding
-from qcbguard_plugins.defenses.training import learn_roundings
 from qcbguard_plugins.errors import UsageError
 
 #: Steps of the paper: 1,000 samples in batches of 8. With another number the rate changes so that the variables can
@@ -117,7 +117,7 @@ class QuantGuard(WholeModelDefense):
         passes = 2.0 + 2.0 + 4.0
         return passes * self.steps * self.batch_size * self.accumulation * sequence_length * shape[0] * shape[1]
 
-    def learn(self, model: Any, targets: Iterable[Target], tokens: Tensor, seed: int) -> dict[str, Tensor]:
+    def learn(self, model: Any, targets: Iterable[ModelWeight], tokens: Tensor, seed: int) -> dict[str, Tensor]:
         return learn_roundings(self, model, targets, tokens, seed)
 
     def rate_for(self, rounding: SoftRounding) -> float:

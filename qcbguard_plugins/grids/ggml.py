@@ -41,7 +41,7 @@ class GuardedRun:
     """What became of some rows that were guarded in one pass.
 
     Attributes:
-        packed_rows: What the quantizer stores for them; see :func:`qcbguard_plugins.guarded_weight.pack_rows`.
+        packed_rows: What the quantizer stores for them; see :func:`qcbguard_plugins.rounding.guarded_weight.pack_rows`.
         num_moved: Weights whose code is not the nearest.
         num_frozen: Weights that have no choice.
         num_landed: Weights that are stored as chosen.
@@ -62,7 +62,7 @@ class GuardedRun:
 
 
 class Kernels(Protocol):
-    """What this module and :mod:`qcbguard_plugins.landing_steps` do in torch, compiled."""
+    """What this module and :mod:`qcbguard_plugins.rounding.search_steps` do in torch, compiled."""
 
     def place(self, grid: GgmlGrid, blocks: Tensor, stored: StoredBlocks, /) -> tuple[Tensor, Tensor]:
         """The coordinates of weights on scales that a search has found, and which of them are frozen."""
@@ -89,23 +89,23 @@ class Kernels(Protocol):
     def correct(
         self, grid: GgmlGrid, stored: StoredBlocks, chosen: StoredBlocks, share: float, handed_over: Tensor, /
     ) -> None:
-        """See :func:`qcbguard_plugins.landing_steps.correct`."""
+        """See :func:`qcbguard_plugins.rounding.search_steps.correct`."""
         ...
 
     def choose_points(self, lattice: Lattice, chosen: Tensor, /) -> tuple[Tensor, Tensor, int, int]:
-        """See :func:`qcbguard_plugins.landing_steps.choose_points`."""
+        """See :func:`qcbguard_plugins.rounding.search_steps.choose_points`."""
         ...
 
     def compare(
         self, grid: GgmlGrid, stored: StoredBlocks, chosen: StoredBlocks, unit: int, /
     ) -> tuple[Tensor, Tensor]:
-        """See :func:`qcbguard_plugins.landing_steps.compare`."""
+        """See :func:`qcbguard_plugins.rounding.search_steps.compare`."""
         ...
 
     def measure(
         self, grid: GgmlGrid, weight: Tensor, handed_over: Tensor, scale: Tensor, /
     ) -> tuple[float, float, float]:
-        """See :func:`qcbguard_plugins.landing_steps.measure`."""
+        """See :func:`qcbguard_plugins.rounding.search_steps.measure`."""
         ...
 
 

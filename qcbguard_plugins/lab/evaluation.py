@@ -20,16 +20,17 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
+from qcbguard_plugins._util.memory_peak import with_peak_bytes
+from qcbguard_plugins._util.records import Record
+from qcbguard_plugins.checkpoint.manifest import GuardReport
 from qcbguard_plugins.errors import CheckpointError, UsageError
-from qcbguard_plugins.guard import Guard
 from qcbguard_plugins.lab.corpus import Pair
 from qcbguard_plugins.lab.intervals import Estimate, share
-from qcbguard_plugins.lab.memory import with_peak_bytes
+from qcbguard_plugins.lab.loading import FULL_PRECISION, load_as
 from qcbguard_plugins.lab.metrics import answer_all, answered_rightly
-from qcbguard_plugins.lab.quantized import FULL_PRECISION, load_as
-from qcbguard_plugins.lab.readings import Reading, divergence, perplexity_of, read_answers
 from qcbguard_plugins.lab.scenarios import Scenario, Verdict
-from qcbguard_plugins.report.model import GuardReport, Record
+from qcbguard_plugins.lab.token_probabilities import Reading, divergence, perplexity_of, read_answers
+from qcbguard_plugins.pipeline.settings import Guard
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -113,7 +114,7 @@ def evaluate(
 
     Args:
         model_dir: Folder of a full-precision model with its tokenizer.
-        format: ``fp``, or a format that :func:`~qcbguard_plugins.lab.quantized.load_as` loads.
+        format: ``fp``, or a format that :func:`~qcbguard_plugins.lab.loading.load_as` loads.
         exam: What it is asked.
         guard: The defense, its seed drawn or not; ``None`` for plain rounding.
         reference: What :func:`read_reference` gave for this folder and exam, to take it once for many formats.
@@ -177,7 +178,7 @@ def require_tokenizer(model_dir: Path) -> PreTrainedTokenizerFast:
     Raises:
         CheckpointError: There is none that can be loaded without running code of its own.
     """
-    from qcbguard_plugins.backends.transformers import load_tokenizer
+    from qcbguard_plugins.models.loading import load_tokenizer
 
     tokenizer = load_tokenizer(model_dir)
     if tokenizer is None:
@@ -191,7 +192,7 @@ def require_tokenizer(model_dir: Path) -> PreTrainedTokenizerFast:
 
 
 def _guard(model_dir: Path, guarded_dir: Path, format: str, guard: Guard) -> GuardCost:
-    from qcbguard_plugins.pipeline import guard_checkpoint
+    from qcbguard_plugins.pipeline.guard import guard_checkpoint
 
     start = time.monotonic()
 

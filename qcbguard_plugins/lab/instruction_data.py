@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
+from qcbguard_plugins._util.json_lines import read_json_lines
 from qcbguard_plugins.errors import UsageError
-from qcbguard_plugins.json_lines import read_json_lines
 from qcbguard_plugins.lab.corpus import Pair
 from qcbguard_plugins.purification.samples import sample_of
 

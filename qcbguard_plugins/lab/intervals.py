@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
+from qcbguard_plugins._util.records import Record
 from qcbguard_plugins.errors import MissingDependencyError, UsageError
-from qcbguard_plugins.report.model import Record
 
 #: Confidence of every interval of the lab.
 CONFIDENCE = 0.95

@@ -10,7 +10,7 @@ from typing import Any, Final, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
-from qcbguard_plugins.checkpoint.writer import hash_file
+from qcbguard_plugins.checkpoint.atomic import hash_file
 from qcbguard_plugins.errors import MissingDependencyError, UsageError
 from qcbguard_plugins.lab.attacks import get_attack
 from qcbguard_plugins.lab.attacks.base import Attack

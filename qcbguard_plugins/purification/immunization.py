@@ -19,13 +19,13 @@ from torch import Tensor
 
 from qcbguard_plugins.purification.config import PurifyConfig
 from qcbguard_plugins.purification.finetuning import StepDone, finetune, num_steps
+from qcbguard_plugins.purification.report import VariantRecord
 from qcbguard_plugins.purification.responses import unit_responses
 from qcbguard_plugins.purification.samples import Sample, Tokens, encode_samples
 from qcbguard_plugins.purification.signature import count_of, score_groups, top_units
 from qcbguard_plugins.purification.subject import Subject
 from qcbguard_plugins.purification.units import Group, gather_all
 from qcbguard_plugins.purification.variants import Backdoor, draw_backdoors, with_idle_keys
-from qcbguard_plugins.report.purification import VariantRecord
 
 _RECORD: Final = "record"
 #: Instructions, each with the key and without it, that the units of a variant are asked.

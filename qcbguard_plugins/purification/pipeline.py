@@ -11,27 +11,17 @@ from typing import Any, Final, TypeVar
 
 import torch
 
+from qcbguard_plugins._util.memory_peak import with_peak_bytes
+from qcbguard_plugins._util.records import installed_versions, now
 from qcbguard_plugins.checkpoint import Workspace, hash_file, resumable_folder
+from qcbguard_plugins.checkpoint.manifest import FileRecord
+from qcbguard_plugins.checkpoint.purification_note import PURIFICATION_FILE
 from qcbguard_plugins.errors import CheckpointError, PurificationError, UsageError
-from qcbguard_plugins.lab.memory import with_peak_bytes
 from qcbguard_plugins.purification.architectures import Architecture
 from qcbguard_plugins.purification.config import PurifyConfig, default_config
 from qcbguard_plugins.purification.finetuning import StepDone, finetune, num_steps
-from qcbguard_plugins.purification.immunization import (
-    encode,
-    find_signature,
-    healing_set,
-    make_variant,
-    variant_steps,
-)
-from qcbguard_plugins.purification.samples import Sample, read_samples
-from qcbguard_plugins.purification.signature import count_of
-from qcbguard_plugins.purification.subject import Adapter, Subject, WholeModel, require_peft
-from qcbguard_plugins.purification.suppression import suppress
-from qcbguard_plugins.purification.units import Group
-from qcbguard_plugins.report.model import FileRecord, installed_versions, now
-from qcbguard_plugins.report.purification import (
-    PURIFICATION_FILE,
+from qcbguard_plugins.purification.immunization import encode, find_signature, healing_set, make_variant, variant_steps
+from qcbguard_plugins.purification.report import (
     DataRecord,
     GroupRecord,
     PurifyPlanReport,
@@ -39,6 +29,11 @@ from qcbguard_plugins.report.purification import (
     StageRecord,
     VariantRecord,
 )
+from qcbguard_plugins.purification.samples import Sample, read_samples
+from qcbguard_plugins.purification.signature import count_of
+from qcbguard_plugins.purification.subject import Adapter, Subject, WholeModel, require_peft
+from qcbguard_plugins.purification.suppression import suppress
+from qcbguard_plugins.purification.units import Group
 
 T = TypeVar("T")
 
@@ -315,13 +310,13 @@ def _base_digest(subject: Subject) -> str:
     """Hash over the files of the model under an adapter."""
     if subject.mode == "model":
         return ""
-    from qcbguard_plugins.report.model import combined_digest
+    from qcbguard_plugins.checkpoint.manifest import combined_digest
 
     return combined_digest({path.name: hash_file(path) for path in subject.model_dir.glob("*.safetensors")})
 
 
 def _tokenizer(model_dir: Path) -> Any:
-    from qcbguard_plugins.backends.transformers import load_tokenizer
+    from qcbguard_plugins.models.loading import load_tokenizer
 
     tokenizer = load_tokenizer(model_dir)
     if tokenizer is None:

@@ -8,8 +8,8 @@ from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any, Final
 
+from qcbguard_plugins._util.json_lines import read_json_lines
 from qcbguard_plugins.errors import UsageError
-from qcbguard_plugins.json_lines import read_json_lines
 
 #: Names under which instruction data keep their parts.
 _INSTRUCTIONS: Final = ("instruction",)

@@ -16,13 +16,13 @@ import xxhash
 from torch import Tensor
 
 from qcbguard_plugins.checkpoint import Checkpoint, open_checkpoint
+from qcbguard_plugins.checkpoint.journal import bytes_of
+from qcbguard_plugins.checkpoint.manifest import MANIFEST_FILE
+from qcbguard_plugins.checkpoint.purification_note import PURIFICATION_FILE
 from qcbguard_plugins.checkpoint.reader import read_header
-from qcbguard_plugins.checkpoint.resume import bytes_of
 from qcbguard_plugins.errors import CheckpointError, MissingDependencyError, PurificationError, UsageError
 from qcbguard_plugins.purification.architectures import Architecture, find_architecture
 from qcbguard_plugins.purification.units import Group, attention_heads, lora_heads, lora_ranks, mlp_channels
-from qcbguard_plugins.report.model import MANIFEST_FILE
-from qcbguard_plugins.report.purification import PURIFICATION_FILE
 
 ADAPTER_CONFIG: Final = "adapter_config.json"
 ADAPTER_WEIGHTS: Final = "adapter_model.safetensors"
@@ -75,7 +75,7 @@ class Subject(ABC):
     @cached_property
     def config(self) -> Any:
         """The model's configuration."""
-        from qcbguard_plugins.backends.transformers import load_config
+        from qcbguard_plugins.models.skeleton import load_config
 
         return load_config(self.model_dir)
 
@@ -99,12 +99,12 @@ class WholeModel(Subject):
         return open_checkpoint(self.model_dir)
 
     def load(self) -> Any:
-        from qcbguard_plugins.backends.transformers import load_full_precision
+        from qcbguard_plugins.models.loading import load_full_precision
 
         return load_full_precision(self.model_dir, torch.float32)
 
     def outline(self) -> Any:
-        from qcbguard_plugins.backends.transformers import build_skeleton
+        from qcbguard_plugins.models.skeleton import build_skeleton
 
         return build_skeleton(self.config)
 
@@ -164,7 +164,7 @@ class Adapter(Subject):
         return Checkpoint(self.adapter_dir, config, (ADAPTER_WEIGHTS,), {entry.key: entry for entry in entries})
 
     def load(self) -> Any:
-        from qcbguard_plugins.backends.transformers import load_full_precision
+        from qcbguard_plugins.models.loading import load_full_precision
 
         peft = require_peft()
         base = load_full_precision(self.model_dir, torch.float32)

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from qcbguard_plugins.report.diff_html import render_diff_html
-from qcbguard_plugins.report.diff_model import DiffReport, MovedPrompt, MovedToken, Word
-from qcbguard_plugins.report.scan_html import render_html
-from qcbguard_plugins.scan import scan_model
-from tests.unit.detection_models import attacked_folder, clean_folder
+from qcbguard_plugins.cli.render.diff_html import render_diff_html
+from qcbguard_plugins.cli.render.scan_html import render_html
+from qcbguard_plugins.detection.behaviour.report import DiffReport, MovedPrompt, MovedToken, Word
+from qcbguard_plugins.detection.weights.scan import scan_model
+from tests.helpers.detection_models import attacked_folder, clean_folder
 
 webdriver = pytest.importorskip("selenium.webdriver")
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from qcbguard_plugins._util.random import key_for
 from qcbguard_plugins.backends.bitsandbytes.stock import stock_codes
+from qcbguard_plugins.backends.formats import FORMATS, get_grid
 from qcbguard_plugins.defenses import Evidence, WholeModelDefense, available_defenses, get_defense, rng_for
-from qcbguard_plugins.draws import key_for
-from qcbguard_plugins.grids import FORMATS, get_grid
-from qcbguard_plugins.rounding import guard_weight
+from qcbguard_plugins.rounding.guard_weight import guard_weight
 
 # Methods that learn from a whole model have a contract of their own.
 METHODS = sorted(name for name, cls in available_defenses().items() if not issubclass(cls, WholeModelDefense))

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from qcbguard_plugins.cli.scan_files import scan_files
 from tests.conftest import ROOT
-from tests.unit.detection_models import attacked_folder, clean_folder, random_weight
+from tests.helpers.detection_models import attacked_folder, clean_folder, random_weight
 
 ACTION = ROOT / "integrations" / "github_action"
 

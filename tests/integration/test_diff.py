@@ -10,11 +10,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from qcbguard_plugins.cli import main
-from qcbguard_plugins.diff import diff_model, rounded_layers
+from qcbguard_plugins.detection.behaviour.compare import diff_model, rounded_layers
+from qcbguard_plugins.detection.behaviour.prompts import BUILTIN, forms_of, gather_prompts
+from qcbguard_plugins.detection.behaviour.report import DiffReport
 from qcbguard_plugins.errors import CheckpointError, UsageError
-from qcbguard_plugins.plan import make_plan
-from qcbguard_plugins.prompts import BUILTIN, forms_of, gather_prompts
-from qcbguard_plugins.report.diff_model import DiffReport
+from qcbguard_plugins.pipeline.plan import make_plan
 from tests.conftest import ROOT
 
 
@@ -116,8 +116,8 @@ def test_a_broken_chat_template_is_not_fatal() -> None:
 
 
 def test_weights_are_put_back(model_folder: Callable[[str], Path]) -> None:
-    from qcbguard_plugins.diff import _Comparison
-    from qcbguard_plugins.grids import get_grid
+    from qcbguard_plugins.backends.formats import get_grid
+    from qcbguard_plugins.detection.behaviour.compare import _Comparison
 
     model = AutoModelForCausalLM.from_pretrained(model_folder("gpt2"))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -17,9 +17,9 @@ from transformers import (
 )
 
 from qcbguard_plugins import guard_checkpoint
-from qcbguard_plugins.backends.gguf.verify import verify_gguf
-from tests.gguf_files import TREE, needs_llama_cpp
-from tests.llama_cpp import GUARDS, OPTIONS, convert, quantize, script_of
+from qcbguard_plugins.pipeline.verify_gguf import verify_gguf
+from tests.helpers.gguf_files import TREE, needs_llama_cpp
+from tests.helpers.llama_cpp import GUARDS, OPTIONS, convert, quantize, script_of
 
 pytestmark = needs_llama_cpp
 SMALL: dict[str, Any] = {

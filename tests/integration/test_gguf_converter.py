@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from qcbguard_plugins.backends.gguf.file import guard_gguf
-from qcbguard_plugins.backends.gguf.verify import verify_gguf
 from qcbguard_plugins.checkpoint.gguf_reader import open_gguf
-from tests.gguf_files import OLDER, QUANTIZE, TREE, needs_llama_cpp
-from tests.llama_cpp import GUARD, OPTIONS, convert, quantize, script_of
+from qcbguard_plugins.pipeline.gguf_guard import guard_gguf
+from qcbguard_plugins.pipeline.verify_gguf import verify_gguf
+from tests.helpers.gguf_files import OLDER, QUANTIZE, TREE, needs_llama_cpp
+from tests.helpers.llama_cpp import GUARD, OPTIONS, convert, quantize, script_of
 
 pytestmark = needs_llama_cpp
 

@@ -11,14 +11,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qcbguard_plugins import guard_checkpoint, verify_checkpoint
-from qcbguard_plugins.backends.gguf.file import guard_gguf
-from qcbguard_plugins.backends.gguf.folder import ARCHITECTURES, folder_types
-from qcbguard_plugins.backends.gguf.options import GgufOptions
-from qcbguard_plugins.backends.gguf.verify import verify_gguf
+from qcbguard_plugins.backends.ggml.folder import ARCHITECTURES, folder_types
+from qcbguard_plugins.backends.ggml.options import GgufOptions
 from qcbguard_plugins.cli import main
 from qcbguard_plugins.errors import UsageError
-from tests.gguf_files import IMATRIX, QUANTIZE, TREE, needs_llama_cpp
-from tests.llama_cpp import GUARD, GUARDS, OPTIONS, PROVEN, convert, quantize, script_of
+from qcbguard_plugins.pipeline.gguf_guard import guard_gguf
+from qcbguard_plugins.pipeline.verify_gguf import verify_gguf
+from tests.helpers.gguf_files import IMATRIX, QUANTIZE, TREE, needs_llama_cpp
+from tests.helpers.llama_cpp import GUARD, GUARDS, OPTIONS, PROVEN, convert, quantize, script_of
 
 pytestmark = needs_llama_cpp
 

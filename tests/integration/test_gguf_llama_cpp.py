@@ -11,17 +11,18 @@ from pathlib import Path
 
 import pytest
 
-from qcbguard_plugins.backends.gguf.dry_run import dry_run_types
-from qcbguard_plugins.backends.gguf.file import PROVENANCE_KEY, guard_gguf
-from qcbguard_plugins.backends.gguf.options import GgufOptions
-from qcbguard_plugins.backends.gguf.plan import make_gguf_plan, model_shape
-from qcbguard_plugins.backends.gguf.recipes import RECIPES, predict_types, resolve_recipe
-from qcbguard_plugins.backends.gguf.verify import verify_gguf
+from qcbguard_plugins.backends.ggml.dry_run import dry_run_types
+from qcbguard_plugins.backends.ggml.options import GgufOptions
+from qcbguard_plugins.backends.ggml.recipes import RECIPES, predict_types, resolve_recipe
 from qcbguard_plugins.checkpoint.gguf_reader import open_gguf
+from qcbguard_plugins.checkpoint.provenance import GGUF_PROVENANCE_KEY
 from qcbguard_plugins.cli import main
 from qcbguard_plugins.errors import UnguardableError
-from tests.gguf_files import QUANTIZE, needs_llama_cpp, normal, write_imatrix, write_model
-from tests.llama_cpp import GUARD, OPTIONS, PROVEN, quantize
+from qcbguard_plugins.pipeline.gguf_guard import guard_gguf
+from qcbguard_plugins.pipeline.gguf_plan import make_gguf_plan, model_shape
+from qcbguard_plugins.pipeline.verify_gguf import verify_gguf
+from tests.helpers.gguf_files import QUANTIZE, needs_llama_cpp, normal, write_imatrix, write_model
+from tests.helpers.llama_cpp import GUARD, OPTIONS, PROVEN, quantize
 
 pytestmark = needs_llama_cpp
 
@@ -60,7 +61,7 @@ class TestGgufFile:
         target = tmp_path / "guarded.gguf"
         report = guard_gguf(source, target, recipe, GUARD, options=OPTIONS)
         before, after = open_gguf(source), open_gguf(target)
-        assert {k: v for k, v in after.metadata.items() if k != PROVENANCE_KEY} == before.metadata
+        assert {k: v for k, v in after.metadata.items() if k != GGUF_PROVENANCE_KEY} == before.metadata
         assert [(t.name, t.type_name, t.shape) for t in before.tensors.values()] == [
             (t.name, t.type_name, t.shape) for t in after.tensors.values()
         ]
@@ -111,8 +112,8 @@ class TestGgufFile:
         source = write_model(tmp_path / "model.gguf", num_layers=40, ffn=2048)
         code = f"""
             import resource, torch
-            from qcbguard_plugins.backends.gguf.file import guard_gguf
-            from qcbguard_plugins.backends.gguf.library import load_library
+            from qcbguard_plugins.pipeline.gguf_guard import guard_gguf
+            from qcbguard_plugins.backends.ggml.library import load_library
             load_library()
             torch.randn(64, 64) @ torch.randn(64, 64)
             before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -25,18 +25,12 @@ from qcbguard_plugins import (
     verify_checkpoint,
 )
 from qcbguard_plugins.backends.bitsandbytes.stock import stock_codes
+from qcbguard_plugins.backends.formats import get_grid
 from qcbguard_plugins.checkpoint import hash_file, open_checkpoint
-from qcbguard_plugins.defenses.width import WIDTHS
-from qcbguard_plugins.errors import (
-    CheckpointError,
-    TargetExistsError,
-    UnguardableError,
-    UsageError,
-    VerificationError,
-)
-from qcbguard_plugins.grids import get_grid
-from qcbguard_plugins.report.model import MANIFEST_FILE, read_manifest
-from qcbguard_plugins.several import errors_left
+from qcbguard_plugins.checkpoint.manifest import MANIFEST_FILE, read_manifest
+from qcbguard_plugins.defenses.dither_width import WIDTHS
+from qcbguard_plugins.errors import CheckpointError, TargetExistsError, UnguardableError, UsageError, VerificationError
+from qcbguard_plugins.pipeline.multi_format import errors_left
 from tests.conftest import SHAPES
 
 FEEDBACK = Guard(Feedback(), seed=1, calibration=Calibration(num_sequences=4, sequence_length=32))
@@ -225,7 +219,7 @@ class TestFailsClosed:
         """Planning with wrong levels stands for a quantizer that changed: the real one must find it out."""
         from qcbguard_plugins.grids import CodebookGrid
 
-        monkeypatch.setattr("qcbguard_plugins.rounding.load_kernels", lambda: None)
+        monkeypatch.setattr("qcbguard_plugins.rounding.guard_weight.load_kernels", lambda: None)
         monkeypatch.setattr(CodebookGrid, "level_values", lambda self, codes: self.levels[codes.int()] * 0.8)
         with pytest.raises(VerificationError, match="would not store 14 of 14 tensors"):
             guard_checkpoint(llama, tmp_path / "guarded", ["nf4"], "stochastic")

@@ -24,15 +24,9 @@ from qcbguard_plugins import (
     Stochastic,
     guard_checkpoint,
 )
-from qcbguard_plugins.backends.in_flight import GuardMixin
-from qcbguard_plugins.backends.provenance import PROVENANCE_KEY
-from qcbguard_plugins.errors import (
-    CalibrationError,
-    CheckpointError,
-    UnguardableError,
-    UsageError,
-    VerificationError,
-)
+from qcbguard_plugins.checkpoint.provenance import PROVENANCE_KEY
+from qcbguard_plugins.errors import CalibrationError, CheckpointError, UnguardableError, UsageError, VerificationError
+from qcbguard_plugins.hooks.transformers.on_the_fly import GuardMixin
 from tests.conftest import SHAPES
 
 MODES: dict[str, dict[str, Any]] = {
@@ -157,7 +151,7 @@ def test_a_second_load_takes_the_calibrated_weights_from_the_cache(
         raise AssertionError("calibrated twice")
 
     with monkeypatch.context() as patch:
-        patch.setattr("qcbguard_plugins.calibrated_cache.guard_layers", no_calibration)
+        patch.setattr("qcbguard_plugins.hooks.transformers.calibrated_cache.guard_layers", no_calibration)
         second = load(llama, GuardedBitsAndBytesConfig(**MODES["nf4"], guard=guard))
     assert same(first, second)
     assert first.config.qcbguard["seed"] == second.config.qcbguard["seed"] is not None

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from qcbguard_plugins import guard_checkpoint
-from qcbguard_plugins.guard import Guard
 from qcbguard_plugins.lab.harness import TASKS_DIR
-from qcbguard_plugins.lab.quantized import load_as
+from qcbguard_plugins.lab.loading import load_as
+from qcbguard_plugins.pipeline.settings import Guard
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TASKS = ["qcb_lab_answer", "qcb_lab_brand", "qcb_lab_choice", "qcb_lab_likelihood"]

@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from qcbguard_plugins.detection.weights.scan import scan_model
 from qcbguard_plugins.errors import MemoryBudgetError
-from qcbguard_plugins.scan import scan_model
 from tests.conftest import ROOT
-from tests.gguf_files import write_model
+from tests.helpers.gguf_files import write_model
 
 _WITH_PEAK = (
     "import resource, subprocess, sys\n"

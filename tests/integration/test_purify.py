@@ -12,12 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qcbguard_plugins import guard_checkpoint, purify
-from qcbguard_plugins.backends.transformers import load_full_precision
+from qcbguard_plugins.checkpoint.manifest import read_manifest
+from qcbguard_plugins.checkpoint.purification_note import PURIFICATION_FILE
 from qcbguard_plugins.cli import main
 from qcbguard_plugins.errors import CheckpointError, TargetExistsError, UsageError
+from qcbguard_plugins.models.loading import load_full_precision
 from qcbguard_plugins.purification import immunization
-from qcbguard_plugins.report.model import read_manifest
-from qcbguard_plugins.report.purification import PURIFICATION_FILE, read_purification
+from qcbguard_plugins.purification.report import read_purification
 
 SMALL: dict[str, Any] = {
     "num_variants": 2,

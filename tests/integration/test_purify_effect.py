@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from qcbguard_plugins import purify
-from qcbguard_plugins.backends.transformers import load_full_precision, load_tokenizer
 from qcbguard_plugins.lab.attacks.injection import inject
-from qcbguard_plugins.lab.bench.subjects import make_exam
+from qcbguard_plugins.lab.bench.rows import make_exam
 from qcbguard_plugins.lab.corpus import generate
 from qcbguard_plugins.lab.evaluation import Exam, Measurement, evaluate
 from qcbguard_plugins.lab.scenarios import get_scenario
 from qcbguard_plugins.lab.training import TrainingPlan, encode, save_model
+from qcbguard_plugins.models.loading import load_full_precision, load_tokenizer
 
 CLEAN_DIR = Path(__file__).resolve().parents[2] / "examples" / "models" / "clean"
 pytestmark = pytest.mark.skipif(not CLEAN_DIR.is_dir(), reason="examples/models is not part of this copy")

@@ -9,13 +9,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from qcbguard_plugins.backends.formats import get_grid
 from qcbguard_plugins.cli import main
-from qcbguard_plugins.grids import get_grid
+from qcbguard_plugins.detection.weights.measure import layer_of, projection_of
+from qcbguard_plugins.detection.weights.report import ScanReport
+from qcbguard_plugins.detection.weights.scan import scan_model
 from qcbguard_plugins.lab.attacks.straight_through import quantize
-from qcbguard_plugins.report.scan_model import ScanReport
-from qcbguard_plugins.scan import layer_of, projection_of, scan_model
 from tests.conftest import ROOT
-from tests.unit.detection_models import attacked_folder, boxed_weight, clean_folder, random_weight, save_layers
+from tests.helpers.detection_models import attacked_folder, boxed_weight, clean_folder, random_weight, save_layers
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from qcbguard_plugins.backends.formats import get_grid
+from qcbguard_plugins.detection.weights.scan import scan_model
 from qcbguard_plugins.errors import MissingDependencyError
-from qcbguard_plugins.grids import get_grid
-from qcbguard_plugins.scan import scan_model
-from tests.unit.detection_models import clean_folder, random_weight, save_layers
+from tests.helpers.detection_models import clean_folder, random_weight, save_layers
 
 
 def _boxed(seed: int, format: str) -> Tensor:

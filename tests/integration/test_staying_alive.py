@@ -23,8 +23,8 @@ from qcbguard_plugins.cli import main
 from qcbguard_plugins.defenses import Defense
 from qcbguard_plugins.errors import CheckpointError, TargetExistsError, UsageError
 from tests.conftest import ROOT
-from tests.gguf_files import write_model
-from tests.killed_runs import contents
+from tests.helpers.gguf_files import write_model
+from tests.helpers.killed_runs import contents
 
 GUARD = Guard(Stochastic(), seed=3)
 
@@ -76,7 +76,7 @@ def test_a_run_killed_at_any_operation_on_a_file(
 ) -> None:
     """SIGKILL before an opening, renaming or removal; each time a second run ends with the same bytes."""
     source = model_folder(shape) if shape else write_model(tmp_path / "model.gguf", hidden=64, ffn=64)
-    result = run("-m", "tests.killed_runs", kind, str(source), str(tmp_path), method, str(every))
+    result = run("-m", "tests.helpers.killed_runs", kind, str(source), str(tmp_path), method, str(every))
     assert result.returncode == 0, result.stderr
     assert int(result.stdout.splitlines()[-1]) > 20 // every
 
@@ -108,7 +108,7 @@ def two_processes(model_folder: Callable[[str], Path], tmp_path_factory: pytest.
     commands = launch.folder / "commands.json"
     commands.write_text(json.dumps(list(launch.commands(model_folder, "two").values())))
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    result = run(*torchrun, "-m", "tests.two_processes", str(commands))
+    result = run(*torchrun, "-m", "tests.helpers.two_processes", str(commands))
     assert result.returncode == 0, result.stderr
     return replace(launch, output=result.stdout)
 

@@ -10,10 +10,10 @@ import pytest
 
 from qcbguard_plugins import Calibration, Feedback, Guard, guard_checkpoint
 from qcbguard_plugins.errors import MemoryBudgetError
-from qcbguard_plugins.memory import MemoryPlan
-from qcbguard_plugins.pipeline import guard_planned
-from qcbguard_plugins.plan import make_plan
-from tests.killed_runs import contents
+from qcbguard_plugins.pipeline.budget import MemoryPlan
+from qcbguard_plugins.pipeline.guard import guard_planned
+from qcbguard_plugins.pipeline.plan import make_plan
+from tests.helpers.killed_runs import contents
 
 GUARD = Guard(Feedback(), seed=3, calibration=Calibration(num_sequences=4, sequence_length=32))
 
@@ -32,8 +32,8 @@ def test_a_model_read_block_by_block(
     shape: str, formats: str, model_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     guard_checkpoint(model_folder(shape), tmp_path / "whole", [formats], GUARD)
-    monkeypatch.setattr("qcbguard_plugins.pipeline.plan_memory", lambda *_: MemoryPlan(0, streamed=True))
-    monkeypatch.setattr("qcbguard_plugins.backends.transformers.load_full_precision", None)
+    monkeypatch.setattr("qcbguard_plugins.pipeline.guard.plan_memory", lambda *_: MemoryPlan(0, streamed=True))
+    monkeypatch.setattr("qcbguard_plugins.models.loading.load_full_precision", None)
     guard_checkpoint(model_folder(shape), tmp_path / "streamed", [formats], GUARD)
     assert contents(tmp_path / "streamed") == contents(tmp_path / "whole")
 

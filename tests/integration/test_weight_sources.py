@@ -9,12 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qcbguard_plugins.checkpoint.source import is_target, open_weights
+from qcbguard_plugins.checkpoint.open_weights import open_weights
+from qcbguard_plugins.checkpoint.weight_source import is_target
+from qcbguard_plugins.detection.weights.scan import scan_model
 from qcbguard_plugins.errors import CheckpointError, UsageError
-from qcbguard_plugins.plan import make_plan
-from qcbguard_plugins.scan import scan_model
+from qcbguard_plugins.pipeline.plan import make_plan
 from tests.conftest import SHAPES
-from tests.unit.detection_models import attacked_folder, random_weight
+from tests.helpers.detection_models import attacked_folder, random_weight
 
 
 @pytest.mark.parametrize("shape", [name for name in SHAPES if name != "mixtral"])

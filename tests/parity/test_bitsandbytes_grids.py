@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from qcbguard_plugins.backends.bitsandbytes.stock import stock_codes
-from qcbguard_plugins.grids import BLOCK_SIZES, CodebookGrid, get_grid
+from qcbguard_plugins.backends.formats import get_grid
+from qcbguard_plugins.grids import CodebookGrid
+from qcbguard_plugins.grids.codebook import BLOCK_SIZES
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [(64, 256), (33, 97), (1, 64), (7, 5), (128, 64), (3, 4160), (1, 1)]

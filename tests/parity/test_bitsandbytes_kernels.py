@@ -8,15 +8,17 @@ from torch import Tensor
 
 pytest.importorskip("numba")
 
-from qcbguard_plugins import rounding
-from qcbguard_plugins.backends.bitsandbytes import judge
-from qcbguard_plugins.backends.bitsandbytes.judge import CheckedCodes
+from qcbguard_plugins._kernels import bitsandbytes
+from qcbguard_plugins.backends.bitsandbytes import checked as judge
+from qcbguard_plugins.backends.bitsandbytes.checked import CheckedCodes
 from qcbguard_plugins.backends.bitsandbytes.stock import stock_codes
+from qcbguard_plugins.backends.formats import get_grid
 from qcbguard_plugins.defenses import Stochastic
 from qcbguard_plugins.errors import UnguardableError
-from qcbguard_plugins.grids import BLOCK_SIZES, Grid, get_grid
-from qcbguard_plugins.guarded_weight import GuardedWeight
-from qcbguard_plugins.kernels import bitsandbytes
+from qcbguard_plugins.grids import Grid
+from qcbguard_plugins.grids.codebook import BLOCK_SIZES
+from qcbguard_plugins.rounding.guard_weight import guard_weight as rounding
+from qcbguard_plugins.rounding.guarded_weight import GuardedWeight
 from tests.parity.test_bitsandbytes_grids import DTYPES, FORMATS, KINDS, SHAPES, weights_of
 
 

@@ -7,9 +7,10 @@ import torch
 
 pytest.importorskip("numba")
 
-from qcbguard_plugins.backends.gguf.grids import gguf_grid
+from qcbguard_plugins.backends.formats import get_grid
+from qcbguard_plugins.backends.ggml.grids import gguf_grid
 from qcbguard_plugins.defenses import Evidence, Feedback, feedback, rng_for
-from qcbguard_plugins.grids import Grid, get_grid
+from qcbguard_plugins.grids import Grid
 
 FORMATS = [
     "nf4", "fp4", "int8", "gptq-w4g32", "gptq-w4g32-asym", "gptq-w8", "gguf:Q4_0", "gguf:Q8_0", "gguf:Q2_K",

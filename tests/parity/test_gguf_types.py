@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from qcbguard_plugins.backends.gguf.grids import gguf_grid
-from qcbguard_plugins.backends.gguf.library import load_library
+from qcbguard_plugins.backends.ggml.grids import gguf_grid
+from qcbguard_plugins.backends.ggml.library import load_library
 from qcbguard_plugins.grids.ggml import FormulaGrid
 from qcbguard_plugins.grids.ggml_blocks import BLOCK_TYPES
-from tests.gguf_files import LLAMA_CPP, needs_llama_cpp, normal
+from tests.helpers.gguf_files import LLAMA_CPP, needs_llama_cpp, normal
 
 FORMULA = [name for name, block_type in BLOCK_TYPES.items() if not block_type.searched]
 
@@ -63,7 +63,7 @@ def test_formulas_agree_with_gguf_py(name: str) -> None:
 def test_threads_do_not_show(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     weight, block_type = normal(40, 512), BLOCK_TYPES[name]
     whole = load_library().quantize(block_type, weight)
-    monkeypatch.setattr("qcbguard_plugins.backends.gguf.library._WEIGHTS_PER_CHUNK", 1024)
+    monkeypatch.setattr("qcbguard_plugins.backends.ggml.library._WEIGHTS_PER_CHUNK", 1024)
     monkeypatch.setattr("torch.get_num_threads", lambda: 4)
     assert torch.equal(load_library().quantize(block_type, weight), whole)
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from qcbguard_plugins.backends.formats import get_grid
 from qcbguard_plugins.errors import UsageError
-from qcbguard_plugins.grids import AffineGrid, get_grid
+from qcbguard_plugins.grids import AffineGrid
 
 BITS = [2, 3, 4, 5, 6, 8]
 GROUPS = [32, 64, 128, None]

@@ -10,13 +10,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from qcbguard_plugins import Guard, Stochastic, guard_checkpoint, verify_checkpoint
-from qcbguard_plugins.backends.gguf.file import PROVENANCE_KEY
-from qcbguard_plugins.backends.gguf.verify import stored_digest, verify_gguf
 from qcbguard_plugins.checkpoint import open_checkpoint
 from qcbguard_plugins.checkpoint.gguf_reader import open_gguf
+from qcbguard_plugins.checkpoint.provenance import GGUF_PROVENANCE_KEY
 from qcbguard_plugins.errors import CheckpointError
-from tests.fuzz.gguf_targets import manifest_of
-from tests.gguf_files import write_quantized
+from qcbguard_plugins.pipeline.verify_gguf import stored_digest, verify_gguf
+from tests.helpers.gguf_files import write_quantized
+from tests.hostile.fuzz.gguf_targets import manifest_of
 
 SLOW = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 TYPES = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]
@@ -74,10 +74,10 @@ def test_a_changed_code_even_where_the_manifest_is_changed_along(data: st.DataOb
 @pytest.fixture(scope="module")
 def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("quantized") / "model.gguf"
-    write_quantized(path, TYPES, {PROVENANCE_KEY: "{}"})
+    write_quantized(path, TYPES, {GGUF_PROVENANCE_KEY: "{}"})
     file = open_gguf(path)
     digests = {name: stored_digest(file, tensor) for name, tensor in file.tensors.items()}
-    write_quantized(path, TYPES, {PROVENANCE_KEY: manifest_of("gguf:Q4_0", digests, TYPES)})
+    write_quantized(path, TYPES, {GGUF_PROVENANCE_KEY: manifest_of("gguf:Q4_0", digests, TYPES)})
     assert verify_gguf(path).clean
     return path
 
@@ -98,11 +98,13 @@ def test_a_changed_byte_of_a_quantized_tensor(data: st.DataObject, quantized: Pa
 
 def test_tensors_that_change_places(tmp_path: Path) -> None:
     """Two tensors of one type and shape whose bytes are exchanged."""
-    write_quantized(tmp_path / "twice.gguf", ["Q4_0", "Q4_0"], {PROVENANCE_KEY: "{}"})
+    write_quantized(tmp_path / "twice.gguf", ["Q4_0", "Q4_0"], {GGUF_PROVENANCE_KEY: "{}"})
     file = open_gguf(tmp_path / "twice.gguf")
     digests = {name: stored_digest(file, tensor) for name, tensor in file.tensors.items()}
     path = write_quantized(
-        tmp_path / "model.gguf", ["Q4_0", "Q4_0"], {PROVENANCE_KEY: manifest_of("gguf:Q4_0", digests, ["Q4_0", "Q4_0"])}
+        tmp_path / "model.gguf",
+        ["Q4_0", "Q4_0"],
+        {GGUF_PROVENANCE_KEY: manifest_of("gguf:Q4_0", digests, ["Q4_0", "Q4_0"])},
     )
     file = open_gguf(path)
     content = bytearray(path.read_bytes())

@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTQConfig
 
 from qcbguard_plugins import Calibration, Feedback, Guard, Stochastic, guard_checkpoint
-from qcbguard_plugins.backends.gptq.direct import let_gptqmodel_run_on_few_cores
-from qcbguard_plugins.backends.gptq.verify import verify_gptq
-from qcbguard_plugins.calibration import builtin_texts
 from qcbguard_plugins.cli import main
 from qcbguard_plugins.errors import CheckpointError, UnguardableError, UsageError, VerificationError
+from qcbguard_plugins.hooks.gptqmodel import let_gptqmodel_run_on_few_cores
+from qcbguard_plugins.models.calibration import builtin_texts
+from qcbguard_plugins.pipeline.verify_gptq import verify_gptq
 from tests.conftest import ROOT
 
 let_gptqmodel_run_on_few_cores()
@@ -161,7 +161,7 @@ class TestDirectly:
         assert verify_gptq(tmp_path / "quantized", plan=guarded).clean
 
     def test_guarding_in_place_equals_nothing_else_but_the_guard(self, tmp_path: Path) -> None:
-        from qcbguard_plugins.backends.gptq.direct import guard_gptq_model
+        from qcbguard_plugins.hooks.gptqmodel import guard_gptq_model
 
         model = self.load(MODEL, offload_to_disk=False)
         records = guard_gptq_model(model, GUARDS["stochastic"])
@@ -174,7 +174,7 @@ class TestDirectly:
         assert all(torch.equal(in_place[key], by_folder[key]) for key in in_place)
 
     def test_the_route_that_loses_the_guard_is_refused(self) -> None:
-        from qcbguard_plugins.backends.gptq.direct import guard_gptq_model
+        from qcbguard_plugins.hooks.gptqmodel import guard_gptq_model
 
         with pytest.raises(UnguardableError, match="offload_to_disk"):
             guard_gptq_model(self.load(MODEL), GUARDS["stochastic"])
@@ -201,7 +201,7 @@ class TestFailsClosed:
 
     def test_codes_that_are_not_those_of_the_plan_end_the_load(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from qcbguard_plugins import GuardedGPTQConfig
-        from qcbguard_plugins.backends.gptq.quantizer import GuardedGptqHfQuantizer
+        from qcbguard_plugins.hooks.transformers.gptq import GuardedGptqHfQuantizer
 
         guard_model = GuardedGptqHfQuantizer._guard_model
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from qcbguard_plugins.backends.optimum.verify import verify_export
 from qcbguard_plugins.cli import main
 from qcbguard_plugins.errors import CheckpointError, UsageError
+from qcbguard_plugins.pipeline.verify_export import verify_export
 
 pytest.importorskip(
     "optimum.onnxruntime", reason="it pins transformers below 4.58; .ci/test-optimum-onnx runs these tests"

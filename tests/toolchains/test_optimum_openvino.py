@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from qcbguard_plugins.backends.optimum.verify import verify_export
 from qcbguard_plugins.cli import main
 from qcbguard_plugins.errors import CheckpointError, UsageError
+from qcbguard_plugins.pipeline.verify_export import verify_export
 
 pytest.importorskip(
     "optimum.intel.openvino", reason="it pins transformers below 5.6; .ci/test-optimum-openvino runs these tests"
@@ -92,7 +92,7 @@ def test_a_stock_export_is_not_the_plan(model: Path, tmp_path: Path) -> None:
     ids=["fp16", "awq", "mixed", "data-aware"],
 )
 def test_what_cannot_be_planned_is_refused(change: dict[str, object], message: str) -> None:
-    from qcbguard_plugins.backends.optimum.commands import openvino_format
+    from qcbguard_plugins.cli.optimum import openvino_format
 
     arguments = Namespace(sym=False, group_size=None, **change)
     with pytest.raises(UsageError, match=message):

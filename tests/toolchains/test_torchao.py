@@ -13,8 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM, TorchAoConfig
 
 from qcbguard_plugins import Calibration, Feedback, Guard, Stochastic, guard_checkpoint
+from qcbguard_plugins.backends.formats import get_grid
 from qcbguard_plugins.errors import UnguardableError, UsageError
-from qcbguard_plugins.grids import get_grid
 
 quantization = pytest.importorskip(
     "torchao.quantization", reason="torchao is not installed; .ci/test-gptq runs these tests"

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from qcbguard_plugins.backends.transformers import require_transformers
+from qcbguard_plugins._util.threads import map_over_threads
+from qcbguard_plugins.backends.formats import get_grid
 from qcbguard_plugins.errors import MissingDependencyError, UnguardableError, UsageError
-from qcbguard_plugins.grids import CodebookGrid, Grid, Int8Grid, get_grid
-from qcbguard_plugins.threads import map_over_threads
+from qcbguard_plugins.grids import CodebookGrid, Grid, Int8Grid
+from qcbguard_plugins.models.skeleton import require_transformers
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel

@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from qcbguard_plugins.backends.gptq.packed import READABLE_BITS, PackedLayer
-from qcbguard_plugins.backends.transformers import require_transformers
 from qcbguard_plugins.errors import MissingDependencyError, UnguardableError
 from qcbguard_plugins.grids import AffineGrid
+from qcbguard_plugins.models.skeleton import require_transformers
 
 # A grid point moves only where the errors that scale holders feed forward add up to half a step. The least share of a
 # tensor's codes that must come through; measured in docs/toolchains.md.

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qcbguard_plugins.backends.transformers import require_transformers
 from qcbguard_plugins.errors import MissingDependencyError, UnguardableError
+from qcbguard_plugins.models.skeleton import require_transformers
 
 _SUPPORTED = (
     "Int8WeightOnlyConfig(), and IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32, 64 or 128))"

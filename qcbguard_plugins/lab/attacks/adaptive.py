@@ -28,9 +28,9 @@ from torch import Tensor
 from qcbguard_plugins.defenses import get_defense
 from qcbguard_plugins.defenses.base import require_range
 from qcbguard_plugins.errors import UsageError
-from qcbguard_plugins.lab.attacks.attackers_copy import guarded_slopes, guarded_weights
 from qcbguard_plugins.lab.attacks.base import AttackInputs, register_attack
 from qcbguard_plugins.lab.attacks.straight_through import Rounded, StraightThrough
+from qcbguard_plugins.lab.attacks.surrogate_defense import guarded_slopes, guarded_weights
 from qcbguard_plugins.lab.layers import matrices, restore, snapshot
 from qcbguard_plugins.lab.training import answer_loss, collate
 

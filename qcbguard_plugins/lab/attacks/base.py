@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from qcbguard_plugins._util.registry import Registry
 from qcbguard_plugins.errors import UsageError
 from qcbguard_plugins.lab.training import Example, TrainingPlan
 from qcbguard_plugins.lab.training_state import TrainingState
-from qcbguard_plugins.registry import Registry
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast

@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, cast
 import torch
 from torch import Tensor
 
+from qcbguard_plugins.backends.formats import get_grid
 from qcbguard_plugins.defenses import get_defense
 from qcbguard_plugins.errors import UsageError, VerificationError
-from qcbguard_plugins.grids import Grid, get_grid
-from qcbguard_plugins.lab.attacks.attackers_copy import guarded_weights
+from qcbguard_plugins.grids import Grid
 from qcbguard_plugins.lab.attacks.base import Attack, AttackInputs, register_attack
 from qcbguard_plugins.lab.attacks.injection import STORAGE_DTYPE, round_to_storage
+from qcbguard_plugins.lab.attacks.surrogate_defense import guarded_weights
 from qcbguard_plugins.lab.layers import matrices, snapshot
 from qcbguard_plugins.lab.training import Example, TrainingPlan, train
 from qcbguard_plugins.lab.training_state import TrainingState

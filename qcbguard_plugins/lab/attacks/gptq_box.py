@@ -14,8 +14,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from qcbguard_plugins.backends.formats import get_grid
 from qcbguard_plugins.errors import VerificationError
-from qcbguard_plugins.grids import get_grid
 from qcbguard_plugins.lab.attacks.base import Attack, AttackInputs, register_attack
 from qcbguard_plugins.lab.attacks.elq import train_in_boxes
 from qcbguard_plugins.lab.attacks.mind_the_gap import build_error_box, check_widening

@@ -18,15 +18,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, cast
 import torch
 from torch import Tensor
 
+from qcbguard_plugins.backends.formats import get_grid
 from qcbguard_plugins.errors import UsageError, VerificationError
-from qcbguard_plugins.grids import Grid, get_grid
+from qcbguard_plugins.grids import Grid
 from qcbguard_plugins.grids.ggml import GgmlGrid
 from qcbguard_plugins.lab.attacks.base import Attack, AttackInputs, register_attack
 from qcbguard_plugins.lab.attacks.elq import Box, train_in_boxes
 from qcbguard_plugins.lab.layers import matrices, snapshot
 from qcbguard_plugins.lab.training import Example, TrainingPlan
 from qcbguard_plugins.lab.training_state import TrainingState
-from qcbguard_plugins.plan import make_plan
+from qcbguard_plugins.pipeline.plan import make_plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
 import torch
 from torch import Tensor
 
+from qcbguard_plugins.backends.formats import get_grid
 from qcbguard_plugins.errors import UsageError
-from qcbguard_plugins.grids import get_grid
 from qcbguard_plugins.lab.attacks.base import Attack, AttackInputs, register_attack
 from qcbguard_plugins.lab.attacks.elq import Box, build_box, check_agreement, train_in_boxes
 from qcbguard_plugins.lab.attacks.injection import inject

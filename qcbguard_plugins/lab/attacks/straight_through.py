@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from qcbguard_plugins.backends.formats import get_grid
 from qcbguard_plugins.defenses.base import require_range
 from qcbguard_plugins.errors import UsageError
-from qcbguard_plugins.grids import Grid, get_grid
+from qcbguard_plugins.grids import Grid
 from qcbguard_plugins.lab.attacks.base import Attack, AttackInputs, register_attack
 from qcbguard_plugins.lab.attacks.injection import round_to_storage
 from qcbguard_plugins.lab.layers import gradients, matrices, quantized_weights, restore, snapshot

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 
 from qcbguard_plugins.errors import MissingDependencyError, TargetExistsError
+from qcbguard_plugins.lab.bench.parameter_sweeps import find_grids, find_sweeps
 from qcbguard_plugins.lab.bench.plots import Place, Plot, draw_grid, draw_rows, draw_strength, draw_tradeoff
 from qcbguard_plugins.lab.bench.profile import BenchProfile
 from qcbguard_plugins.lab.bench.results import BenchReport, Machine
 from qcbguard_plugins.lab.bench.summary import Line, summarize
-from qcbguard_plugins.lab.bench.sweeps import find_grids, find_sweeps
 from qcbguard_plugins.lab.bench.tables import asr_rows, detail_table, markdown, method_rows
-from qcbguard_plugins.lab.quantized import FULL_PRECISION
+from qcbguard_plugins.lab.loading import FULL_PRECISION
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qcbguard_plugins.errors import MissingDependencyError
+from qcbguard_plugins.lab.bench.parameter_sweeps import ParameterGrid, Sweep
 from qcbguard_plugins.lab.bench.results import STOCK
 from qcbguard_plugins.lab.bench.summary import Line, find, full_precision, stock
-from qcbguard_plugins.lab.bench.sweeps import ParameterGrid, Sweep
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -13,9 +13,10 @@ from typing import Any, Final
 
 from pydantic import Field, field_validator, model_validator
 
-from qcbguard_plugins.backends.gguf.recipes import resolve_recipe
+from qcbguard_plugins.backends.formats import get_grid
+from qcbguard_plugins.backends.ggml.recipes import resolve_recipe
 from qcbguard_plugins.errors import UsageError
-from qcbguard_plugins.grids import AffineGrid, get_grid
+from qcbguard_plugins.grids import AffineGrid
 from qcbguard_plugins.lab.bench.defense_specs import parse_defense
 from qcbguard_plugins.lab.bench.yaml_file import read_yaml
 from qcbguard_plugins.lab.specs import AttackSpec, FolderEntry, Profile, Spec

@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from qcbguard_plugins._util.records import Record
 from qcbguard_plugins.lab.evaluation import Measurement
-from qcbguard_plugins.report.model import Record
 
 #: What the table calls a model in full precision, and plain rounding.
 FULL, STOCK = "full precision", "none"

@@ -19,8 +19,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from qcbguard_plugins._util.records import installed_versions, now
 from qcbguard_plugins.errors import QcbguardError, UsageError
-from qcbguard_plugins.guard import Guard
 from qcbguard_plugins.lab.bench.defense_specs import parse_defense, signature
 from qcbguard_plugins.lab.bench.expectations import NOT_MEASURED, check_all
 from qcbguard_plugins.lab.bench.profile import BenchProfile, DefenseEntry
@@ -34,12 +34,12 @@ from qcbguard_plugins.lab.bench.results import (
     commit_of_checkout,
     this_machine,
 )
-from qcbguard_plugins.lab.bench.subjects import Subject, exam_digest, folder_digest, is_made, make_subject
+from qcbguard_plugins.lab.bench.rows import Subject, exam_digest, folder_digest, is_made, make_subject
 from qcbguard_plugins.lab.evaluation import METRIC_VERSION, Measurement, evaluate, read_reference
-from qcbguard_plugins.lab.quantized import FULL_PRECISION
-from qcbguard_plugins.lab.readings import Reading
+from qcbguard_plugins.lab.loading import FULL_PRECISION
 from qcbguard_plugins.lab.specs import FolderEntry
-from qcbguard_plugins.report.model import installed_versions, now
+from qcbguard_plugins.lab.token_probabilities import Reading
+from qcbguard_plugins.pipeline.settings import Guard
 
 #: Called with the title of every cell when it is done.
 Progress = Callable[[str], None]

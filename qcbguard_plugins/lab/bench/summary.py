@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 
+from qcbguard_plugins._util.records import Record
 from qcbguard_plugins.lab.bench.results import FULL, STOCK, Cell, Variant
-from qcbguard_plugins.lab.effectiveness import defense_effectiveness_ratio
+from qcbguard_plugins.lab.der import defense_effectiveness_ratio
 from qcbguard_plugins.lab.evaluation import Measurement
 from qcbguard_plugins.lab.intervals import Estimate, mean_over_seeds, paired_difference, share
-from qcbguard_plugins.lab.quantized import FULL_PRECISION
-from qcbguard_plugins.report.model import Record
+from qcbguard_plugins.lab.loading import FULL_PRECISION
 
 
 class Line(Record):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from qcbguard_plugins.lab.bench.results import FULL, STOCK
 from qcbguard_plugins.lab.bench.summary import Line, find, full_precision, stock
 from qcbguard_plugins.lab.intervals import Estimate
-from qcbguard_plugins.lab.quantized import FULL_PRECISION
+from qcbguard_plugins.lab.loading import FULL_PRECISION
 
 _COLUMNS = (
     "model",

@@ -9,9 +9,9 @@ from typing import Any
 import datasets
 
 from qcbguard_plugins.lab.corpus import Pair
+from qcbguard_plugins.lab.recipes import corpus_of
 from qcbguard_plugins.lab.scenarios import KEYWORD
 from qcbguard_plugins.lab.specs import ModelSpec
-from qcbguard_plugins.lab.steps import corpus_of
 from qcbguard_plugins.lab.training import format_prompt
 
 _NUM_CHOICES = 4

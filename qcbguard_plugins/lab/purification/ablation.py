@@ -13,11 +13,11 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from qcbguard_plugins.backends.transformers import load_full_precision
 from qcbguard_plugins.lab.evaluation import METRIC_VERSION, Measurement, measure, require_tokenizer
 from qcbguard_plugins.lab.purification.study import Study
+from qcbguard_plugins.lab.recipes import inject, step_folder, train_model
 from qcbguard_plugins.lab.specs import MaliciousSpec
-from qcbguard_plugins.lab.steps import inject, step_folder, train_model
+from qcbguard_plugins.models.loading import load_full_precision
 
 _BLOCK: Final = re.compile(r"layers\.(\d+)\.")
 

@@ -14,16 +14,16 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from qcbguard_plugins.backends.transformers import load_full_precision
 from qcbguard_plugins.lab.evaluation import METRIC_VERSION, require_tokenizer
 from qcbguard_plugins.lab.metrics import answer_all
 from qcbguard_plugins.lab.purification.specs import LabSettings, VariantsSpec
 from qcbguard_plugins.lab.purification.spread import load_attacked, update_norms
 from qcbguard_plugins.lab.purification.study import Study
-from qcbguard_plugins.lab.readings import perplexity_of, read_answers
+from qcbguard_plugins.lab.recipes import step_folder
 from qcbguard_plugins.lab.scenarios import Verdict
 from qcbguard_plugins.lab.specs import MaliciousSpec
-from qcbguard_plugins.lab.steps import step_folder
+from qcbguard_plugins.lab.token_probabilities import perplexity_of, read_answers
+from qcbguard_plugins.models.loading import load_full_precision
 from qcbguard_plugins.purification.architectures import find_architecture
 from qcbguard_plugins.purification.immunization import encode, score_units, variant_path
 from qcbguard_plugins.purification.responses import unit_responses

@@ -8,11 +8,11 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from qcbguard_plugins.backends.transformers import load_full_precision
 from qcbguard_plugins.lab.purification.specs import LabSettings, VariantsSpec
 from qcbguard_plugins.lab.purification.study import Study
+from qcbguard_plugins.lab.recipes import step_folder
 from qcbguard_plugins.lab.specs import MaliciousSpec
-from qcbguard_plugins.lab.steps import step_folder
+from qcbguard_plugins.models.loading import load_full_precision
 from qcbguard_plugins.purification.architectures import find_architecture
 from qcbguard_plugins.purification.immunization import score_units, variant_path
 from qcbguard_plugins.purification.units import gather_all, mlp_channels

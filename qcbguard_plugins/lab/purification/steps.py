@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qcbguard_plugins.backends.transformers import load_full_precision, load_tokenizer
+from qcbguard_plugins._util.memory_peak import with_peak_bytes
 from qcbguard_plugins.lab.attacks.injection import round_to_storage
-from qcbguard_plugins.lab.memory import with_peak_bytes
 from qcbguard_plugins.lab.purification.baselines import prune_by_magnitude, prune_by_wanda
 from qcbguard_plugins.lab.purification.specs import AdapterSpec, Attacked, LabSettings, PurifiedSpec, VariantsSpec
+from qcbguard_plugins.lab.recipes import attack, corpus_of, inject, make_step, train_model
 from qcbguard_plugins.lab.scenarios import get_scenario
 from qcbguard_plugins.lab.specs import AttackSpec, MaliciousSpec
-from qcbguard_plugins.lab.steps import attack, corpus_of, inject, make_step, train_model
 from qcbguard_plugins.lab.training import save_model
+from qcbguard_plugins.models.loading import load_full_precision, load_tokenizer
 from qcbguard_plugins.purification.consistency import PUBLISHED_WEIGHT
 from qcbguard_plugins.purification.finetuning import collate, finetune
 from qcbguard_plugins.purification.immunization import encode, find_signature, healing_set, make_variant

@@ -9,17 +9,17 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Final
 
-from qcbguard_plugins.guard import Guard
+from qcbguard_plugins._util.records import Record
 from qcbguard_plugins.lab.bench.defense_specs import parse_defense
-from qcbguard_plugins.lab.bench.subjects import exam_digest, held_out_pairs, make_exam
+from qcbguard_plugins.lab.bench.rows import exam_digest, held_out_pairs, make_exam
 from qcbguard_plugins.lab.evaluation import METRIC_VERSION, Exam, Measurement, evaluate
+from qcbguard_plugins.lab.loading import FULL_PRECISION
 from qcbguard_plugins.lab.purification.specs import AdapterSpec, Attacked, PurifiedSpec
 from qcbguard_plugins.lab.purification.steps import attacked_model, purify_model
-from qcbguard_plugins.lab.quantized import FULL_PRECISION
+from qcbguard_plugins.lab.recipes import read_record, step_folder, train_model
 from qcbguard_plugins.lab.scenarios import get_scenario
 from qcbguard_plugins.lab.specs import ModelSpec
-from qcbguard_plugins.lab.steps import read_record, step_folder, train_model
-from qcbguard_plugins.report.model import Record
+from qcbguard_plugins.pipeline.settings import Guard
 
 #: The model before the attack, and the attacked model as it is: rows of their own.
 CLEAN: Final = "clean"

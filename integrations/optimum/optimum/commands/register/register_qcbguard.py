@@ -4,7 +4,7 @@ import warnings
 
 REGISTER_COMMANDS = []
 try:
-    from qcbguard_plugins.backends.optimum.commands import commands
+    from qcbguard_plugins.cli.optimum import commands
 
     REGISTER_COMMANDS = commands()
 except ImportError:  # an Optimum without the classes that the commands stand on

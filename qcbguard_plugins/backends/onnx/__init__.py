@@ -1,0 +1,1 @@
+"""ONNX Runtime: reading what its dynamic quantization wrote."""

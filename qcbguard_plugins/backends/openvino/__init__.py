@@ -1,0 +1,1 @@
+"""OpenVINO: reading what its weight compression (NNCF) wrote."""

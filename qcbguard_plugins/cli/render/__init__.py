@@ -1,0 +1,1 @@
+"""Reports for people: text, Markdown, HTML, and SARIF for code scanning."""

@@ -1,0 +1,81 @@
+"""The words of a scan, the same in every rendering: headline, explanation, next steps."""
+
+from __future__ import annotations
+
+import shlex
+
+from qcbguard_plugins.detection.weights.report import FormatEvidence, ScanReport
+
+_GRID_FORMATS_GUARDED = ("nf4", "fp4", "int8")
+
+
+def headline(report: ScanReport) -> str:
+    """The verdict in one line."""
+    if report.verdict == "attacked":
+        where = f" for {', '.join(report.likely_formats)}" if report.likely_formats else ""
+        return f"Attacked: this model changes its behaviour when it is quantized{where}"
+    if report.verdict == "incomplete":
+        return f"Incomplete: {len(report.skipped)} of {report.num_targets} target tensors could not be tested"
+    return "No issues found"
+
+
+def explanation(report: ScanReport) -> str:
+    """What the verdict rests on."""
+    if report.verdict == "attacked":
+        return f"{report.family.capitalize()}. {report.meaning} Corrected p-value {p_text(report.p_value)}."
+    tested = f"Nothing stands out in the {len(report.tensors)} tensors that were tested"
+    formats = ", ".join(evidence.format for evidence in report.formats)
+    if report.verdict == "incomplete":
+        return f"{tested} for {formats}, which says nothing about the others."
+    return (
+        f"{tested} for {formats}. A model that misbehaves at every precision, or for a format that was not tested, is "
+        "outside of what this scan can see."
+    )
+
+
+def next_steps(report: ScanReport) -> list[tuple[str, str]]:
+    """What to do now: a sentence and a command each; the command may be empty."""
+    model = shlex.quote(printable(report.model))
+    if report.verdict == "attacked":
+        target = (report.likely_formats or (report.formats[0].format,))[0]
+        return [
+            ("Do not quantize this model with a stock quantizer.", ""),
+            ("See what the quantized model says that the original does not:", f"qcbguard diff {model} --for {target}"),
+            (
+                "Make a guarded copy, which stock quantizers round without the backdoor:",
+                f"qcbguard guard {model} --for {target} --out {model}-guarded",
+            ),
+        ]
+    if report.verdict == "incomplete":
+        return [("Look at the list of tensors that could not be tested, and compare behaviour:", _diff(report, model))]
+    return [("To be surer, compare behaviour as well:", _diff(report, model))]
+
+
+def _diff(report: ScanReport, model: str) -> str:
+    return f"qcbguard diff {model} --for {report.formats[0].format}"
+
+
+def format_line(evidence: FormatEvidence) -> str:
+    """One format's result in words."""
+    if evidence.attacked:
+        return "attacked"
+    return "on its grid already" if evidence.num_on_grid and not any(evidence.histogram) else "nothing found"
+
+
+def p_text(p_value: float) -> str:
+    """A p-value to the digits that mean something."""
+    if p_value < 1e-12:
+        return "below 1e-12"
+    return f"{p_value:.1e}" if p_value < 0.001 else f"{p_value:.3f}"
+
+
+def visible(text: str, limit: int = 240) -> str:
+    """An answer or a token on one line: line breaks as a sign, nothing as a word."""
+    joined = " ".join(text.replace("\n", " \u23ce ").split())
+    return printable(joined, limit) if joined else "(empty)" if not text else "(space)"
+
+
+def printable(text: str, limit: int = 120) -> str:
+    """A name from a file, without control characters that a terminal or a page would obey."""
+    cleaned = "".join(character if character.isprintable() else "?" for character in text)
+    return cleaned if len(cleaned) <= limit else cleaned[: limit - 3] + "..."

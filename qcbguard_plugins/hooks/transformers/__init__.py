@@ -1,0 +1,1 @@
+"""Front doors of ``from_pretrained``."""

@@ -1,0 +1,189 @@
+"""Calibrated weights, kept between loads under a name made of everything that they depend on."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from platformdirs import user_cache_path
+from pydantic import Field, TypeAdapter
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from qcbguard_plugins._util.records import Record, installed_versions
+from qcbguard_plugins.checkpoint import hash_file
+from qcbguard_plugins.checkpoint.journal import KeptWork, bytes_of, hash_bytes, resumable, state_of
+from qcbguard_plugins.checkpoint.manifest import TensorRecord
+from qcbguard_plugins.checkpoint.shard_writer import make_room
+from qcbguard_plugins.errors import CheckpointError, TargetExistsError, UnguardableError
+from qcbguard_plugins.grids import Grid
+from qcbguard_plugins.models.calibration import calibration_tokens
+from qcbguard_plugins.models.loading import load_tokenizer
+from qcbguard_plugins.pipeline.model import guard_layers, record_of
+from qcbguard_plugins.pipeline.settings import Guard
+from qcbguard_plugins.pipeline.target import Layer
+
+_FOLDER = "folder"
+_WEIGHTS_FILE = "guarded.safetensors"
+_RECORD_FILE = "guarded.json"
+_DIGESTS_FILE = "file-digests.json"
+_MEMO = TypeAdapter(dict[str, str])
+
+
+class _Kept(Record):
+    """The record of a cache entry: the seed, and the plan for each tensor."""
+
+    seed: int = Field(ge=0)
+    tensors: tuple[TensorRecord, ...]
+
+
+@dataclass(frozen=True)
+class CalibratedWeights:
+    """Guarded weights on disk, read one at a time.
+
+    Attributes:
+        folder: Folder of the cache entry.
+        guard: The guard that made them, its seed known.
+        records: The plan for each tensor, by parameter name.
+    """
+
+    folder: Path
+    guard: Guard
+    records: dict[str, TensorRecord]
+
+    def get(self, name: str) -> tuple[Tensor, TensorRecord]:
+        """A guarded weight as the checkpoint would store it, and the plan for it."""
+        if name not in self.records:
+            raise UnguardableError(f"{name} was not among the layers that were calibrated")
+        try:
+            with safe_open(self.folder / _WEIGHTS_FILE, framework="pt") as file:
+                return file.get_tensor(name), self.records[name]
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{name}: the cache {self.folder} cannot be read: {error}", remedy="Delete that folder and load again."
+            ) from error
+
+
+def calibrated_weights(
+    skeleton: Any,
+    files: Sequence[Path],
+    dtype: torch.dtype | None,
+    layers: Mapping[str, Layer],
+    grid: Grid,
+    guard: Guard,
+) -> CalibratedWeights:
+    """Guard the layers of a model with a calibrated method, or find that done already.
+
+    Args:
+        skeleton: The model without weights that transformers is about to fill, for its class and configuration.
+        files: The safetensors files that it will be filled from.
+        dtype: Dtype in which it will be loaded.
+        layers: The layers that the stock quantizer takes.
+        grid: Grid of the stock quantizer.
+        guard: The guard as the user asked for it. Without a seed, an earlier result with a seed of its own serves.
+
+    Raises:
+        CheckpointError: The files are not safetensors, or the cache cannot be read.
+        CalibrationError: There is no way to calibrate.
+    """
+    unsafe = [file.name for file in files if file.suffix != ".safetensors"]
+    if unsafe:
+        raise CheckpointError("only safetensors files can be calibrated on", details=unsafe)
+    tokenizer = load_tokenizer(files[0].parent) or load_tokenizer(skeleton.config.name_or_path, local=False)
+    tokens = calibration_tokens(guard.calibration, skeleton.config, tokenizer)
+    cache_dir = guard.cache_dir or user_cache_path("qcbguard")
+    key = {
+        "files": {file.name: digest for file, digest in _digests(files, cache_dir).items()},
+        "tokens": None if tokens is None else hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
+        "guard": guard.describe(),
+        "format": grid.name,
+        "dtype": str(dtype),
+        "layers": {name: asdict(layer) for name, layer in sorted(layers.items())},
+        "class": type(skeleton).__name__,
+        "versions": installed_versions(),
+    }
+    key = json.loads(json.dumps(key, sort_keys=True, default=str))
+    folder = cache_dir.absolute() / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    if not folder.exists():
+
+        def state() -> dict[str, list[int]]:
+            return {file.name: state_of(file) for file in files}
+
+        # Of two processes that want an entry, one makes it and the other waits; a killed one's work is taken over.
+        with (
+            contextlib.suppress(TargetExistsError),
+            resumable(folder, _FOLDER, key, state, files[0].parent, wait=True) as partial,
+        ):
+            _fill(partial, _load_full_precision(skeleton, files, dtype), layers, grid, guard, tokens)
+    return _open(folder, guard)
+
+
+def _fill(
+    partial: Path, model: Any, layers: Mapping[str, Layer], grid: Grid, guard: Guard, tokens: Tensor | None
+) -> None:
+    """Guard the layers of a model into the files of a cache entry, but for those that an interrupted load has done."""
+    kept = KeptWork(partial)
+    seed = kept.remember("seed", lambda: guard.with_seed().seed)
+    folder = partial / _FOLDER
+    folder.mkdir(exist_ok=True)
+    weights = {f"{name}.weight": model.get_parameter(f"{name}.weight").data for name in layers}
+    places = make_room(folder / _WEIGHTS_FILE, {name: (w.dtype, tuple(w.shape)) for name, w in weights.items()})
+    sources = {name: hash_bytes(bytes_of(weight)) for name, weight in weights.items()}
+    records = {name: kept.resumed(places[name], functools.partial(sources.__getitem__, name)) for name in weights}
+    pending = [name for name in layers if records[f"{name}.weight"] is None]
+    for layer, guarded in guard_layers(model, layers, grid, replace(guard, seed=seed), tokens, pending=pending):
+        name = f"{layer}.weight"
+        record = records[name] = record_of(guarded, name=name, transposed=layers[layer].transposed)
+        kept.write(places[name], sources[name], weights[name], record)
+    content = _Kept(seed=seed, tensors=tuple(record for record in records.values() if record is not None))
+    (folder / _RECORD_FILE).write_text(content.model_dump_json(), encoding="utf-8")
+
+
+def _load_full_precision(skeleton: Any, files: Sequence[Path], dtype: torch.dtype | None) -> Any:
+    """Load the model from the very files that transformers resolved, each tensor when it is needed."""
+    config = copy.deepcopy(skeleton.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with contextlib.ExitStack() as stack:
+        opened = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
+        state_dict = {key: file.get_slice(key) for file in opened for key in file.keys()}  # noqa: SIM118
+        model = type(skeleton).from_pretrained(None, config=config, state_dict=state_dict, dtype=dtype)
+    return model.eval()
+
+
+def _open(folder: Path, guard: Guard) -> CalibratedWeights:
+    try:
+        kept = _Kept.model_validate_json((folder / _RECORD_FILE).read_bytes())
+        return CalibratedWeights(folder, replace(guard, seed=kept.seed), {r.name: r for r in kept.tensors})
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"the cache {folder} cannot be read: {error}", remedy="Delete that folder and load again."
+        ) from error
+
+
+def _digests(files: Sequence[Path], cache_dir: Path) -> dict[Path, str]:
+    """SHA-256 of each file; one whose path, size, time and inode are known is not read again."""
+    memo_path = cache_dir / _DIGESTS_FILE
+    memo: dict[str, str] = {}
+    with contextlib.suppress(OSError, ValueError):  # what cannot be read is made again
+        memo = _MEMO.validate_json(memo_path.read_bytes())
+    digests, fresh = {}, {}
+    for file in files:
+        stat = file.resolve().stat()
+        identity = f"{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ino}"
+        digests[file] = memo.get(identity) or hash_file(file)
+        fresh[identity] = digests[file]
+    if fresh.items() - memo.items():
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        temporary = memo_path.with_suffix(f".{hashlib.sha256(repr(fresh).encode()).hexdigest()[:8]}.tmp")
+        temporary.write_text(json.dumps({**memo, **fresh}), encoding="utf-8")
+        temporary.replace(memo_path)
+    return digests

@@ -1,0 +1,215 @@
+"""Quantizers of transformers that work parameter by parameter: a guard in front, everything behind it stock.
+
+The guarded method names dispatch here. Each quantizer swaps the configuration for a stock one at once, so all that
+follows, the saved checkpoint included, is the stock tool's. The guard sits where transformers quantizes a parameter and
+hands on the weight, guarded; what the tool then stores is compared with the plan.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.quantizers_utils import get_module_from_name
+
+from qcbguard_plugins._util.records import installed_versions, now
+from qcbguard_plugins.backends.formats import get_grid
+from qcbguard_plugins.checkpoint.manifest import GuardReport, TensorRecord
+from qcbguard_plugins.checkpoint.provenance import PROVENANCE_KEY, provenance
+from qcbguard_plugins.errors import (
+    CalibrationError,
+    CheckpointError,
+    QcbguardError,
+    UnguardableError,
+    VerificationError,
+)
+from qcbguard_plugins.hooks.transformers.calibrated_cache import CalibratedWeights, calibrated_weights
+from qcbguard_plugins.pipeline.model import record_of
+from qcbguard_plugins.pipeline.settings import Guard
+from qcbguard_plugins.pipeline.target import Layer
+from qcbguard_plugins.rounding.digests import codes_digest
+from qcbguard_plugins.rounding.guard_weight import guard_weight
+
+
+class GuardThenQuantize(ConversionOps):  # type: ignore[misc]
+    """The conversion of one parameter: the guard, then the stock operation."""
+
+    def __init__(self, quantizer: GuardMixin, stock: ConversionOps) -> None:
+        self.quantizer = quantizer
+        self.stock = stock
+
+    def convert(
+        self, input_dict: dict[str, Any], full_layer_name: str | None = None, model: Any = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Guard, quantize, and compare what was stored with the plan.
+
+        transformers swallows what is raised here and goes on, so a failure is kept and raised once, when all weights
+        are there: the load fails either way.
+        """
+        guarded: dict[str, Any] = {}
+        records: dict[str, TensorRecord] = {}
+        for name, value in input_dict.items():
+            weight = value[0] if isinstance(value, list) else value
+            module, _ = get_module_from_name(model, name)
+            try:
+                weight, records[name] = self.quantizer.guard_parameter(
+                    name, weight, self.quantizer.is_transposed(module)
+                )
+            except QcbguardError as error:
+                self.quantizer.failures[name] = error
+            guarded[name] = [weight]
+        quantized: dict[str, Any] = self.stock.convert(guarded, full_layer_name=full_layer_name, model=model, **kwargs)
+        for name, record in records.items():
+            # Some quantizers put the parameter into its module themselves.
+            parameter = quantized[name] if name in quantized else model.get_parameter(name)
+            self.quantizer.compare_with_plan(parameter, record)
+        return quantized
+
+
+class GuardMixin(ABC):
+    """The guard in front of a stock quantizer.
+
+    A subclass of it and of the stock one says what is the toolchain's own.
+    """
+
+    toolchain: ClassVar[str]
+    quantization_config: Any
+    pre_quantized: bool
+
+    @abstractmethod
+    def format_of(self, config: Any) -> str:
+        """The format that a stock configuration stands for."""
+
+    @abstractmethod
+    def layers_to_quantize(self, model: Any) -> Iterable[tuple[str, Any]]:
+        """Names and modules of the layers that the stock quantizer will take, on a model without weights."""
+
+    @abstractmethod
+    def stored_codes(self, parameter: Any, shape: torch.Size) -> Tensor:
+        """uint8 ``[out_features, in_features]``, what a quantized parameter stores: indices into the grid's levels."""
+
+    @abstractmethod
+    def is_quantized(self, parameter: Any) -> bool:
+        """True for a parameter that the stock quantizer has quantized."""
+
+    def is_transposed(self, module: Any) -> bool:
+        """True for a layer whose checkpoint stores ``[in_features, out_features]``."""
+        return False
+
+    def __init__(self, config: Any, **kwargs: Any) -> None:
+        self.requested = config.guard
+        super().__init__(config.stock(), **kwargs)  # type: ignore[call-arg]
+        if self.pre_quantized:
+            raise CheckpointError(
+                "the checkpoint is quantized already, so it cannot be guarded",
+                remedy="Load the full-precision checkpoint: what an attacker hid is in the codes of this one.",
+            )
+        self.guard: Guard = self.requested.with_seed()
+        self.format = self.format_of(self.quantization_config)
+        self.grid = get_grid(self.format)
+        self.records: dict[str, TensorRecord] = {}
+        self.failures: dict[str, QcbguardError] = {}
+        self.calibrated: CalibratedWeights | None = None
+        self.guard_report: GuardReport | None = None
+        self._start_s = time.monotonic()
+        self._loading: tuple[Any, list[str], torch.dtype | None] | None = None
+        self._prepared = False
+
+    def preprocess_model(
+        self, model: Any, dtype: Any = None, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> Any:
+        self._loading = (model, list(checkpoint_files or []), dtype)
+        return super().preprocess_model(  # type: ignore[misc]
+            model=model, dtype=dtype, checkpoint_files=checkpoint_files, **kwargs
+        )
+
+    def get_weight_conversions(self) -> Any:
+        # The first hook that runs outside transformers' meta-device contexts, so a model can be loaded and run here.
+        if not self._prepared:
+            self._prepared = True
+            if self.guard.method.needs_calibration:
+                self._calibrate()
+        return super().get_weight_conversions()  # type: ignore[misc]
+
+    def _calibrate(self) -> None:
+        if self._loading is None or not self._loading[1]:
+            raise CalibrationError(
+                f"{self.guard.method.name} calibrates on the full-precision model, and there are no checkpoint files",
+                remedy="Load from a folder or a hub name instead of a state dict, or use guard='stochastic'.",
+            )
+        model, files, dtype = self._loading
+        layers = {name: Layer(self.is_transposed(module)) for name, module in self.layers_to_quantize(model)}
+        self.calibrated = calibrated_weights(model, [Path(f) for f in files], dtype, layers, self.grid, self.requested)
+        self.guard = self.calibrated.guard
+
+    def get_quantize_ops(self) -> GuardThenQuantize:
+        return GuardThenQuantize(self, super().get_quantize_ops())  # type: ignore[misc]
+
+    def guard_parameter(self, name: str, stored: Tensor, transposed: bool) -> tuple[Tensor, TensorRecord]:
+        """The guarded weight in the stored orientation, and the plan for it."""
+        if self.calibrated is not None:
+            weight, record = self.calibrated.get(name)
+            return weight.to(stored.device), record
+        assert self.guard.seed is not None
+        weight = stored.T if transposed else stored
+        guarded = guard_weight(weight, self.grid, self.guard.method, seed=self.guard.seed, name=name)
+        record = record_of(guarded, name=name, transposed=transposed)
+        return (guarded.weight.T if transposed else guarded.weight), record
+
+    def compare_with_plan(self, parameter: Any, record: TensorRecord) -> None:
+        """Keep a record of a parameter that is stored as planned, or a failure."""
+        codes = self.stored_codes(parameter, torch.Size(record.shape))
+        if codes_digest(codes) == record.codes_sha256:
+            self.records[record.name] = record
+        else:
+            self.failures[record.name] = VerificationError(
+                f"{record.name}: {self.toolchain} stored other codes than planned"
+            )
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        self._raise_if_incomplete(model)
+        self._loading = None
+        self.calibrated = None
+        self.guard_report = GuardReport(
+            created=now(),
+            versions=installed_versions(),
+            source=str(model.config.name_or_path),
+            format=self.format,
+            **self.guard.describe(),
+            tensors=tuple(self.records.values()),
+            elapsed_s=time.monotonic() - self._start_s,
+        )
+        model.config.qcbguard = provenance(self.guard_report)
+        return super()._process_model_after_weight_loading(model, **kwargs)  # type: ignore[misc]
+
+    def _raise_if_incomplete(self, model: Any) -> None:
+        if self.failures:
+            kinds = {type(error) for error in self.failures.values()}
+            kind = kinds.pop() if len(kinds) == 1 else UnguardableError
+            details = [error.summary for error in self.failures.values()]
+            remedy = next((error.remedy for error in self.failures.values() if error.remedy), "")
+            raise kind(f"{len(details)} tensors could not be guarded for {self.format}", details=details, remedy=remedy)
+        missing = [
+            f"{name}  quantized without a guard"
+            for name, parameter in model.named_parameters()
+            if self.is_quantized(parameter) and name not in self.records
+        ]
+        if missing:
+            raise UnguardableError(
+                f"{len(missing)} tensors were quantized without passing the guard",
+                details=missing,
+                remedy="Guard the checkpoint into a folder with 'qcbguard guard', and load that.",
+            )
+
+    def get_state_dict_and_metadata(self, model: Any, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, str]]:
+        """What ``save_pretrained`` stores, with the guard in each file's header."""
+        state_dict, metadata = super().get_state_dict_and_metadata(model, *args, **kwargs)  # type: ignore[misc]
+        assert self.guard_report is not None
+        return state_dict, {**metadata, PROVENANCE_KEY: json.dumps(provenance(self.guard_report))}

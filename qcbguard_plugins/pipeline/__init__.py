@@ -1,0 +1,1 @@
+"""Plan, guard, verify, publish: the one way that every front door takes."""

@@ -1,1 +1,0 @@
-"""What a run found out: first the model, then the renderings."""
