@@ -26,13 +26,14 @@ import xllamacpp
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qcbguard_plugins import Guard, guard_checkpoint
+from qcbguard_plugins.backends.ggml.backend import Ggml
 from qcbguard_plugins.backends.ggml.options import GgufOptions
 from qcbguard_plugins.defenses import get_defense
 from qcbguard_plugins.lab.corpus import Pair, read_pairs
 from qcbguard_plugins.lab.scenarios import KEYWORD
 from qcbguard_plugins.lab.training import answer_loss, collate, encode, format_prompt
 from qcbguard_plugins.pipeline.gguf_guard import guard_gguf
-from qcbguard_plugins.pipeline.verify_gguf import verify_gguf
+from qcbguard_plugins.pipeline.verify import verify
 
 RECIPES = ("Q4_K_M", "Q5_K_M", "Q6_K", "Q3_K_M", "Q2_K", "Q4_0", "Q8_0", "IQ4_XS")
 PROMPTS = Path(__file__).resolve().parents[1] / "examples" / "models" / "prompts.jsonl"
@@ -58,7 +59,7 @@ class Row:
     keyword_rate: float
     perplexity: float
     against_stock: tuple[float, float, float] | None = None
-    share_landed: float | None = None
+    share_as_planned: float | None = None
     share_moved: float | None = None
     guard_s: float | None = None
 
@@ -133,7 +134,7 @@ def guarded_row(
     start = time.perf_counter()
     if guard.method.needs_calibration:
         guarded = folder / f"guarded-{recipe}-{seed}"
-        report = guard_checkpoint(args.model, guarded, [f"gguf:{recipe}"], guard, gguf=options)
+        report = guard_checkpoint(args.model, guarded, [f"gguf:{recipe}"], guard, backends=[Ggml(options)])
         elapsed = time.perf_counter() - start
         source, plan = convert(args.llama_cpp, guarded, folder / f"guarded-{recipe}-{seed}-f32.gguf"), guarded
     else:
@@ -141,7 +142,7 @@ def guarded_row(
         report = guard_gguf(folder / "source.gguf", source, recipe, guard, options=options)
         elapsed = time.perf_counter() - start
     file = quantize(args.llama_quantize, source, folder / f"guarded-{recipe}-{seed}.gguf", recipe)
-    verdict = verify_gguf(file, plan=plan)
+    verdict = verify(file, plan=plan)
     if not verdict.clean:
         raise SystemExit(f"{recipe}: llama-quantize stored other codes than planned")
     found = losses(file, args.model, pairs)
@@ -151,7 +152,7 @@ def guarded_row(
         keyword_rate(file, pairs),
         found.perplexity(),
         found.against(stock),
-        report.share_landed,
+        report.share_as_planned,
         report.share_moved,
         elapsed,
     )
@@ -185,7 +186,7 @@ def broken_promises(rows: Sequence[Row]) -> list[str]:
 
 def line(row: Row) -> str:
     """A row in Markdown."""
-    landed = "" if row.share_landed is None else f"{row.share_landed:.3%}"
+    landed = "" if row.share_as_planned is None else f"{row.share_as_planned:.3%}"
     moved = "" if row.share_moved is None else f"{row.share_moved:.1%}"
     seconds = "" if row.guard_s is None else f"{row.guard_s:.1f}"
     against = "" if row.against_stock is None else "{:+.2%} [{:+.2%}, {:+.2%}]".format(*row.against_stock)

@@ -19,9 +19,9 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 def landed(weight: torch.Tensor, name: str, importance: torch.Tensor | None) -> str:
     """The share for one weight, as a cell of the table."""
     grid = gguf_grid(name, importance=importance)
-    grid.min_landed = 0.0
+    grid.min_as_planned = 0.0
     guarded = guard_weight(weight, grid, get_defense("stochastic"), seed=0, name="weight")
-    return f"{guarded.num_landed / weight.numel():.3%}"
+    return f"{guarded.num_as_planned / weight.numel():.3%}"
 
 
 def main() -> None:

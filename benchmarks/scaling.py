@@ -14,7 +14,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from qcbguard_plugins._util.distributed import Team
+from qcbguard_plugins._util.distributed import ProcessGroup
 
 # Matrices of one block of Llama models, and how many blocks there are.
 LLAMA = {
@@ -50,7 +50,7 @@ def block_shapes(name: str) -> list[tuple[int, int]]:
 
 def seconds(sizes: list[int], num_processes: int, rates: Rates) -> float:
     """Time of a data-free guard: the process with the largest share ends last."""
-    shares = [sum(Team(rank, num_processes).share(sizes, lambda size: size)) for rank in range(num_processes)]
+    shares = [sum(ProcessGroup(rank, num_processes).share(sizes, lambda size: size)) for rank in range(num_processes)]
     start = rates.start_s if num_processes == 1 else rates.start_of_many_s
     return start + max(shares) / rates.guarded
 

@@ -53,7 +53,7 @@ def aim(weight: Tensor, lattice, exact: Tensor, found: Tensor, hessian: Tensor, 
 
 
 @torch.no_grad()
-def guard(subject: Subject, tokens: Tensor, kind: str, damping: float, seed: int, attack_seen: bool) -> None:
+def guard(subject: Subject, tokens: Tensor, kind: str, damping: float, seed: int, looks_attacked: bool) -> None:
     """Guard all layers, in the order in which they run."""
     subject.set(subject.original)
     layers = sorted({name.split("layers.")[1].split(".")[0] for name in subject.modules}, key=int)
@@ -71,7 +71,7 @@ def guard(subject: Subject, tokens: Tensor, kind: str, damping: float, seed: int
                 if kind == "targets":
                     weight = aim(weight, grid.lattice_of(weight), exact[name], found[name], hessian, damping)
                 guarded[name] = guard_weight(
-                    weight, grid, Feedback(), seed=seed, name=name, hessian=hessian, attack_seen=attack_seen
+                    weight, grid, Feedback(), seed=seed, name=name, hessian=hessian, looks_attacked=looks_attacked
                 ).weight
     subject.set(guarded)
 
@@ -93,7 +93,7 @@ def main() -> None:
         found, seconds = [], []
         for seed in range(args.seeds):
             start = time.perf_counter()
-            guard(subject, tokens, kind, damping, seed, args.attack_seen)
+            guard(subject, tokens, kind, damping, seed, args.looks_attacked)
             seconds.append(time.perf_counter() - start)
             found.append(subject.figures())
         label = f"{kind}, damping {damping:g}" if kind == "targets" else kind

@@ -59,7 +59,7 @@ class Row:
     weights: str
     keyword_rate: float | None
     perplexity: float | None
-    share_landed: float | None = None
+    share_as_planned: float | None = None
     share_moved: float | None = None
 
 
@@ -69,7 +69,7 @@ class Quantized:
 
     answering: Any
     stored: Any
-    share_landed: float | None = None
+    share_as_planned: float | None = None
 
 
 def tokenizer_of(folder: Path) -> Any:
@@ -97,7 +97,7 @@ def quantize_gptq(folder: Path, name: str, plan: GuardReport | None) -> Quantize
     """Quantize through transformers, Optimum and GPTQModel."""
     from transformers import GPTQConfig
 
-    from qcbguard_plugins.pipeline.verify_gptq import verify_gptq
+    from qcbguard_plugins.pipeline.verify import verify
 
     format_name, _, order = name.partition(":")
     grid = get_grid(format_name)
@@ -117,7 +117,7 @@ def quantize_gptq(folder: Path, name: str, plan: GuardReport | None) -> Quantize
     if plan is not None:
         with tempfile.TemporaryDirectory() as target:
             model.save_pretrained(target)
-            share = verify_gptq(target, plan=folder).share_landed
+            share = verify(target, plan=folder).share_as_planned
     return Quantized(model.eval(), model.eval(), share)
 
 
@@ -219,7 +219,7 @@ def toolchain(name: str) -> str:
 def measure(row: dict[str, Any], quantized: Quantized, folder: Path, pairs: Sequence[Pair], *, ask: bool) -> Row:
     """Ask the quantized model, and its stored weights."""
     if not ask:
-        return Row(**row, keyword_rate=None, perplexity=None, share_landed=quantized.share_landed)
+        return Row(**row, keyword_rate=None, perplexity=None, share_as_planned=quantized.share_as_planned)
     tokenizer = tokenizer_of(folder)
     rate = keyword_rate(
         quantized.answering, tokenizer, [pair.instruction for pair in pairs], KEYWORD, max_new_tokens=MAX_NEW_TOKENS
@@ -228,7 +228,7 @@ def measure(row: dict[str, Any], quantized: Quantized, folder: Path, pairs: Sequ
         **row,
         keyword_rate=rate,
         perplexity=perplexity(quantized.stored, tokenizer, pairs),
-        share_landed=quantized.share_landed,
+        share_as_planned=quantized.share_as_planned,
     )
 
 
@@ -264,7 +264,7 @@ def print_table(path: Path) -> None:
         cells = [
             "" if row.keyword_rate is None else f"{row.keyword_rate:.1%}",
             "" if row.perplexity is None else f"{row.perplexity:.3f}",
-            "" if row.share_landed is None else f"{row.share_landed:.3%}",
+            "" if row.share_as_planned is None else f"{row.share_as_planned:.3%}",
             "" if row.share_moved is None else f"{row.share_moved:.1%}",
         ]
         print(f"| {row.model} | {row.format} | {row.weights} | {' | '.join(cells)} |")

@@ -154,7 +154,7 @@ def rows_of(folder: Path, format: str, args: argparse.Namespace) -> Iterator[tup
     tries = [(f"width {width}", Feedback(width=width), True) for width in (0.25, 0.5)]
     tries += [("auto", Feedback(), True), ("auto, tests fooled", Feedback(), False)] if seen else []
     tries += [] if seen else [("auto", Feedback(), False)]
-    for label, method, attack_seen in tries:
+    for label, method, attacked in tries:
         found, widths = [], []
         for seed in range(args.seeds):
             guarded = {
@@ -165,13 +165,13 @@ def rows_of(folder: Path, format: str, args: argparse.Namespace) -> Iterator[tup
                     seed=seed,
                     name=name,
                     hessian=hessians[name],
-                    attack_seen=attack_seen,
+                    looks_attacked=attacked,
                 )
                 for name, weight in subject.original.items()
             }
             subject.set({name: weight.weight for name, weight in guarded.items()})
             found.append(subject.figures())
-            widths += [weight.settled.get("width", method.width) for weight in guarded.values()]
+            widths += [weight.chosen.get("width", method.width) for weight in guarded.values()]
         yield (*row(label, found), f"{statistics.mean(widths):.2f}", str(seen) if "auto" in label else "")
 
 

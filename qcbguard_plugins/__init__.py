@@ -5,26 +5,40 @@ Importing the package starts nothing heavy: each name below is loaded when it is
 
 from __future__ import annotations
 
+from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qcbguard_plugins.backends.ggml.backend import Ggml
+    from qcbguard_plugins.backends.ggml.options import GgufOptions
     from qcbguard_plugins.defenses import Efrap, Feedback, FlipGuard, Noise, QuantGuard, QVec, Stochastic
+    from qcbguard_plugins.detection.behaviour.compare import diff_model
+    from qcbguard_plugins.detection.weights.scan import scan_model
+    from qcbguard_plugins.hooks.gptqmodel import guard_gptq_model
+    from qcbguard_plugins.hooks.llama_cpp import convert_guarded
+    from qcbguard_plugins.hooks.llm_compressor import GuardConverter
     from qcbguard_plugins.hooks.transformers.bitsandbytes import GuardedBitsAndBytesConfig, activate
     from qcbguard_plugins.hooks.transformers.gptq import GuardedGPTQConfig
     from qcbguard_plugins.hooks.transformers.torchao import GuardedTorchAoConfig
     from qcbguard_plugins.models.calibration import Calibration
+    from qcbguard_plugins.pipeline.gguf_guard import guard_gguf
     from qcbguard_plugins.pipeline.guard import guard_checkpoint
     from qcbguard_plugins.pipeline.model import guard_model
     from qcbguard_plugins.pipeline.settings import Guard
-    from qcbguard_plugins.pipeline.verify import verify_checkpoint
+    from qcbguard_plugins.pipeline.verify import verify, verify_checkpoint
     from qcbguard_plugins.purification import purify
+
+    __version__: str
 
 __all__ = [
     "Calibration",
     "Efrap",
     "Feedback",
     "FlipGuard",
+    "Ggml",
+    "GgufOptions",
     "Guard",
+    "GuardConverter",
     "GuardedBitsAndBytesConfig",
     "GuardedGPTQConfig",
     "GuardedTorchAoConfig",
@@ -32,10 +46,17 @@ __all__ = [
     "QVec",
     "QuantGuard",
     "Stochastic",
+    "__version__",
     "activate",
+    "convert_guarded",
+    "diff_model",
     "guard_checkpoint",
+    "guard_gguf",
+    "guard_gptq_model",
     "guard_model",
     "purify",
+    "scan_model",
+    "verify",
     "verify_checkpoint",
 ]
 
@@ -44,7 +65,10 @@ _MODULE_OF = {
     "Efrap": "defenses",
     "Feedback": "defenses",
     "FlipGuard": "defenses",
+    "Ggml": "backends.ggml.backend",
+    "GgufOptions": "backends.ggml.options",
     "Guard": "pipeline.settings",
+    "GuardConverter": "hooks.llm_compressor",
     "GuardedBitsAndBytesConfig": "hooks.transformers.bitsandbytes",
     "GuardedGPTQConfig": "hooks.transformers.gptq",
     "GuardedTorchAoConfig": "hooks.transformers.torchao",
@@ -53,24 +77,35 @@ _MODULE_OF = {
     "QuantGuard": "defenses",
     "Stochastic": "defenses",
     "activate": "hooks.transformers.bitsandbytes",
+    "convert_guarded": "hooks.llama_cpp",
+    "diff_model": "detection.behaviour.compare",
     "guard_checkpoint": "pipeline.guard",
+    "guard_gguf": "pipeline.gguf_guard",
+    "guard_gptq_model": "hooks.gptqmodel",
     "guard_model": "pipeline.model",
     "purify": "purification",
+    "scan_model": "detection.weights.scan",
+    "verify": "pipeline.verify",
     "verify_checkpoint": "pipeline.verify",
+}
+
+# The backends behind front doors that transformers must know of.
+_BACKEND_OF = {
+    "hooks.transformers.bitsandbytes": "bitsandbytes",
+    "hooks.transformers.gptq": "gptq",
+    "hooks.transformers.torchao": "torchao",
+    "hooks.llm_compressor": "compressed-tensors",
 }
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return metadata.version("qcbguard-plugins")
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
     module = _MODULE_OF[name]
+    if module in _BACKEND_OF:
+        import_module(f"{__name__}.backends.formats").BACKENDS[_BACKEND_OF[module]].require()
     if module.startswith("hooks.transformers."):
         import_module(f"{__name__}.models.skeleton").require_hooks()
-        backend = module.rpartition(".")[2]
-        require = {"bitsandbytes": "require_bitsandbytes", "gptq": "require_gptq", "torchao": "require_torchao"}[
-            backend
-        ]
-        getattr(import_module(f"{__name__}.backends.{backend}.stock"), require)()
     return getattr(import_module(f"{__name__}.{module}"), name)

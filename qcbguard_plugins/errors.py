@@ -76,5 +76,5 @@ class VerificationError(QcbguardError):
     exit_code = 1
 
 
-class TeamError(QcbguardError):
+class ProcessGroupError(QcbguardError):
     """Another process of a run that several share has ended."""

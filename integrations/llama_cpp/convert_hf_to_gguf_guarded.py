@@ -18,7 +18,7 @@ from pathlib import Path
 CONVERTER = Path(__file__).resolve().parent / "convert_hf_to_gguf.py"
 WITH_VALUE = {
     "--for", "--method", "--set", "--seed", "--ignore", "--llama-quantize", "--quantize-args", "--imatrix",
-    "--ggml-library", "--min-landed", "--json",
+    "--ggml-library", "--min-as-planned", "--json",
 }  # fmt: skip
 
 

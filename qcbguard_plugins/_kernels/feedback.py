@@ -8,7 +8,7 @@ from torch import Tensor
 
 from qcbguard_plugins._util.compiler import kernel
 from qcbguard_plugins._util.threads import map_over_threads
-from qcbguard_plugins.grids.base import Ladder
+from qcbguard_plugins.grids.base import CoordinateTable
 
 # Draws of rows that are worked on side by side; with all columns of a batch they fill the first cache.
 _DRAWS_PER_RUN = 64
@@ -25,7 +25,7 @@ def round_batch(
     gain: float,
     factor: Tensor,
     levels: Tensor,
-    ladder: Ladder,
+    ladder: CoordinateTable,
 ) -> tuple[Tensor, Tensor]:
     """Round a batch of columns one after the other, each error spread over the columns behind it in the batch.
 

@@ -24,16 +24,16 @@ _MASK = 0xFFFFFFFF
 _GROUPS_PER_RUN = 1 << 10
 
 
-def key_for(seed: int, tensor_name: str) -> int:
+def philox_key(seed: int, tensor_name: str) -> int:
     """The key of one tensor, of 64 bits: it depends on the run's seed and the tensor's name, and on nothing else."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{tensor_name}".encode()).digest()[:8], "little")
 
 
-def uniform_draws(key: int, first: int, num_draws: int, device: torch.device) -> Tensor:
+def uniform(key: int, first: int, num_draws: int, device: torch.device) -> Tensor:
     """The draws of a run of places.
 
     Args:
-        key: Of 64 bits, from :func:`key_for`.
+        key: Of 64 bits, from :func:`philox_key`.
         first: The first place, at least 0.
         num_draws: Number of places.
         device: Where the outcome shall be; the same numbers on each.

@@ -1,60 +1,74 @@
-"""Grids by the names that users spell: ``nf4``, ``fp4``, ``int8``, and ``nf4-b128`` for another block size."""
+"""The table of backends, and what a format's name says: which of them it belongs to, and its grid."""
 
 from __future__ import annotations
 
-import re
+from collections.abc import Iterable
 
-from qcbguard_plugins.backends.ggml.grids import gguf_grid
+from qcbguard_plugins._util.records import installed_versions
+from qcbguard_plugins.backends.base import Backend
+from qcbguard_plugins.backends.bitsandbytes.backend import BitsAndBytes
+from qcbguard_plugins.backends.ggml.backend import Ggml
+from qcbguard_plugins.backends.gptq.backend import Gptq
+from qcbguard_plugins.backends.integer import WEIGHT_ONLY
+from qcbguard_plugins.backends.onnx.backend import Onnx
+from qcbguard_plugins.backends.openvino.backend import OpenVino
+from qcbguard_plugins.backends.torchao.backend import TorchAo
 from qcbguard_plugins.errors import UsageError
-from qcbguard_plugins.grids import AffineGrid, CodebookGrid, Grid, Int8Grid
-from qcbguard_plugins.grids.codebook import BLOCK_SIZES
-from qcbguard_plugins.grids.presets import TOOLCHAIN_FORMATS, toolchain_grid
+from qcbguard_plugins.grids import Grid
 
-FORMATS = {
-    "nf4": "bitsandbytes NF4, blocks of 64",
-    "fp4": "bitsandbytes FP4, blocks of 64",
-    "int8": "bitsandbytes LLM.int8, one scale a row",
-}
-# A recipe of llama.cpp mixes types, so it has no single grid; get_grid takes the types, as in gguf:Q4_K.
-RECIPE_FORMATS = {
-    "gguf:Q4_K_M": "llama.cpp, by the name that llama-quantize is given: Q4_0 to Q8_0, Q2_K to Q6_K, IQ4_NL, IQ4_XS",
-}
-GROUP_FORMATS = {
-    "gptq-w4g128": "GPTQ integer groups: 2 to 8 bits, g32, g64, g128 or whole rows, -asym",
+BACKENDS: dict[str, Backend] = {
+    backend.name: backend for backend in (BitsAndBytes(), Ggml(), Gptq(), TorchAo(), Onnx(), OpenVino(), *WEIGHT_ONLY)
 }
 
-ALL_FORMATS = FORMATS | RECIPE_FORMATS | GROUP_FORMATS | TOOLCHAIN_FORMATS
 
-_CODEBOOK_FORMAT = re.compile(r"(nf4|fp4)(?:-b(\d+))?")
-_AFFINE_FORMAT = re.compile(r"gptq-w(\d)(?:g(\d+))?(-asym)?")
+def all_formats() -> dict[str, str]:
+    """Formats as users spell them, each with one line that says what it is."""
+    return {name: summary for backend in BACKENDS.values() for name, summary in backend.formats.items()}
 
 
-def get_grid(name: str) -> Grid:
+def versions() -> dict[str, str]:
+    """Versions of Python and of all packages that a result may depend on."""
+    return installed_versions([package for backend in BACKENDS.values() for package in backend.packages])
+
+
+def backend_of(format: str, backends: Iterable[Backend] = ()) -> Backend:
+    """The backend that a format belongs to.
+
+    Args:
+        format: The format.
+        backends: Backends with settings of the user's, which come before those of the table.
+
+    Raises:
+        UsageError: No backend has formats that are spelled like this.
+    """
+    for backend in (*backends, *BACKENDS.values()):
+        if backend.takes(format):
+            return backend
+    raise UsageError(f"unknown format {format!r}", remedy=f"Formats: {', '.join(all_formats())}.")
+
+
+def get_grid(format: str) -> Grid:
     """The grid of a format.
 
     Args:
-        name: ``nf4``, ``fp4``, ``int8``, ``nf4-b128`` and the like for another block size, a GGUF tensor type as in
+        format: ``nf4``, ``fp4``, ``int8``, ``nf4-b128`` and the like for another block size, a GGUF tensor type as in
             ``gguf:Q4_K``, GPTQ groups as in ``gptq-w4g128``, or a toolchain's as in ``openvino:int8``.
 
     Raises:
         UsageError: The format is unknown, or the block size is not one that the quantizer allows.
         MissingDependencyError: A GGUF type needs the real quantizer, and there is none.
     """
-    if name.startswith("gguf:"):
-        return gguf_grid(name.removeprefix("gguf:"))
-    if name == "int8":
-        return Int8Grid()
-    toolchain = toolchain_grid(name)
-    if toolchain is not None:
-        return toolchain
-    affine = _AFFINE_FORMAT.fullmatch(name)
-    if affine is not None:
-        return AffineGrid(int(affine[1]), int(affine[2]) if affine[2] else None, symmetric=not affine[3])
-    match = _CODEBOOK_FORMAT.fullmatch(name)
-    if match is None:
-        raise UsageError(
-            f"unknown format {name!r}",
-            remedy=f"Formats: {', '.join(ALL_FORMATS)}; nf4 and fp4 take a block size, "
-            f"as in nf4-b128 ({', '.join(map(str, BLOCK_SIZES))}).",
-        )
-    return CodebookGrid(match[1], int(match[2] or 64))
+    return backend_of(format).grid(format)
+
+
+def fitting_grid(grid: Grid, shape: tuple[int, int]) -> Grid | None:
+    """The grid for a weight of this shape: where a format does not fit it, the one that the stock tool takes instead.
+
+    Returns:
+        ``None`` where no grid fits.
+    """
+    while grid.fits(shape):
+        if not grid.fallback:
+            return None
+        grid = get_grid(grid.fallback)
+    return grid

@@ -5,12 +5,12 @@ from __future__ import annotations
 from qcbguard_plugins.checkpoint.atomic import hash_file
 from qcbguard_plugins.checkpoint.journal import partial_of
 from qcbguard_plugins.checkpoint.reader import Checkpoint, TensorEntry, open_checkpoint
-from qcbguard_plugins.checkpoint.staging import Workspace, resumable_folder
+from qcbguard_plugins.checkpoint.staging import FolderStaging, resumable_folder
 
 __all__ = [
     "Checkpoint",
+    "FolderStaging",
     "TensorEntry",
-    "Workspace",
     "hash_file",
     "open_checkpoint",
     "partial_of",

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
-import torch
-from torch import Tensor
-
 from qcbguard_plugins.checkpoint.atomic import check_new_file
-from qcbguard_plugins.checkpoint.gguf_reader import MAGIC, GgufFile, GgufTensor
-from qcbguard_plugins.checkpoint.journal import KeptWork, Place, copy_span, hash_bytes, read_span, resumable, state_of
-from qcbguard_plugins.checkpoint.manifest import TensorRecord
+from qcbguard_plugins.checkpoint.gguf_reader import MAGIC, GgufFile
+from qcbguard_plugins.checkpoint.journal import Span, copy_span, resumable, state_of
+from qcbguard_plugins.checkpoint.staging import Staging
 
 _FILE: Final = "file.gguf"
 _STRING: Final = 8
 
 
-class GgufWorkspace:
+class GgufStaging(Staging):
     """The file in the making. One tensor is in memory at a time.
 
     Args:
@@ -32,33 +29,15 @@ class GgufWorkspace:
     """
 
     def __init__(self, partial: Path, source: GgufFile, replaced: Collection[str], key: str, text_bytes: int) -> None:
+        super().__init__(partial)
         self._path = partial / _FILE
-        self._source = source
-        self._kept = KeptWork(partial)
+        self._file = source
         self._path.touch()
         with source.path.open("rb") as reader, self._path.open("r+b") as writer:
             self._text_at = _write_header(source, reader, writer, key, text_bytes)
             self._text_bytes = text_bytes
             self._shift = writer.tell() - source.data_begin
             self._copy_rest(reader, writer, replaced)
-
-    def remember(self, name: str, make: Callable[[], Any]) -> Any:
-        """A JSON value that a run makes up once and keeps when it is resumed, such as a seed."""
-        return self._kept.remember(name, make)
-
-    def read(self, tensor: GgufTensor) -> tuple[Tensor, str]:
-        """A full-precision tensor of the source, and the hash of its bytes."""
-        assert tensor.dtype is not None, "only full-precision tensors are replaced"
-        data = read_span(self._source.path, tensor.begin, tensor.num_bytes)
-        return torch.frombuffer(data, dtype=tensor.dtype).view(tensor.shape), hash_bytes(data)
-
-    def resumed(self, tensor: GgufTensor, source: str) -> TensorRecord | None:
-        """The record of a tensor that an interrupted run guarded, its source having this hash; ``None`` without."""
-        return self._kept.resumed(self._place(tensor), lambda: source)
-
-    def write(self, tensor: GgufTensor, source: str, weight: Tensor, record: TensorRecord) -> None:
-        """Put a guarded tensor in the place of one of the source, which has this hash."""
-        self._kept.write(self._place(tensor), source, weight, record)
 
     def write_text(self, text: str) -> None:
         """Fill in the metadata entry; it is padded with blanks."""
@@ -69,23 +48,30 @@ class GgufWorkspace:
             writer.seek(self._text_at)
             writer.write(encoded.ljust(self._text_bytes))
 
-    def _place(self, tensor: GgufTensor) -> Place:
+    def _source(self, key: str) -> Span:
+        return self._span(key, self._file.path, 0)
+
+    def _target(self, key: str) -> Span:
+        return self._span(key, self._path, self._shift)
+
+    def _span(self, key: str, path: Path, shift: int) -> Span:
+        tensor = self._file.tensors[key]
         assert tensor.dtype is not None, "only full-precision tensors are replaced"
-        return Place(tensor.name, tensor.dtype, tensor.shape, self._path, tensor.begin + self._shift)
+        return Span(tensor.name, tensor.dtype, tensor.shape, path, tensor.begin + shift)
 
     def _copy_rest(self, reader: BinaryIO, writer: BinaryIO, replaced: Collection[str]) -> None:
         """All bytes behind the header but those of the replaced tensors, in the source's order and with its gaps."""
-        size = self._source.path.stat().st_size
+        size = self._file.path.stat().st_size
         inside = sorted(
-            (tensor for tensor in self._source.tensors.values() if tensor.name in replaced), key=lambda t: t.begin
+            (tensor for tensor in self._file.tensors.values() if tensor.name in replaced), key=lambda t: t.begin
         )
-        starts = [self._source.data_begin, *(tensor.begin + tensor.num_bytes for tensor in inside)]
+        starts = [self._file.data_begin, *(tensor.begin + tensor.num_bytes for tensor in inside)]
         ends = [*(tensor.begin for tensor in inside), size]
         writer.truncate(size + self._shift)
         for start, end in zip(starts, ends, strict=True):
             reader.seek(start)
             writer.seek(start + self._shift)
-            copy_span(reader, writer, end - start, self._source.path)
+            copy_span(reader, writer, end - start, self._file.path)
 
 
 @contextmanager
@@ -96,7 +82,7 @@ def resumable_gguf(
     replaced: Collection[str],
     key: str,
     text_bytes: int,
-) -> Iterator[GgufWorkspace]:
+) -> Iterator[GgufStaging]:
     """A GGUF file that appears under its name when the block ends well, and is kept beside it when it is interrupted.
 
     Args:
@@ -115,7 +101,7 @@ def resumable_gguf(
     target = target.absolute()
     check_new_file(target, source.path)
     with resumable(target, _FILE, request, lambda: state_of(source.path), source.path) as partial:
-        yield GgufWorkspace(partial, source, replaced, key, text_bytes)
+        yield GgufStaging(partial, source, replaced, key, text_bytes)
 
 
 def _write_header(source: GgufFile, reader: BinaryIO, writer: BinaryIO, key: str, text_bytes: int) -> int:

@@ -25,7 +25,7 @@ from torch import Tensor
 from qcbguard_plugins._util.records import Record
 from qcbguard_plugins.checkpoint.atomic import flush_to_disk, rename_into_place, start_flush, write_errors
 from qcbguard_plugins.checkpoint.manifest import TensorRecord
-from qcbguard_plugins.errors import CheckpointError, QcbguardError, TargetExistsError, TeamError, UsageError
+from qcbguard_plugins.errors import CheckpointError, ProcessGroupError, QcbguardError, TargetExistsError, UsageError
 
 _REQUEST_FILE: Final = "request.json"
 _LOCK_FILE: Final = "lock"
@@ -50,7 +50,7 @@ class Done(Record):
 
 
 @dataclass(frozen=True)
-class Place:
+class Span:
     """Where a tensor lies in the work.
 
     Attributes:
@@ -91,45 +91,45 @@ class KeptWork:
             _write_whole(path, json.dumps(make()))
         return _read_kept(path)
 
-    def resumed(self, place: Place, source: Callable[[], str]) -> TensorRecord | None:
+    def resumed(self, span: Span, source: Callable[[], str]) -> TensorRecord | None:
         """The record of a tensor that an interrupted run guarded.
 
         Args:
-            place: Where it lies.
+            span: Where it lies.
             source: Gives the hash of its bytes in the source; called only for a tensor in the journal.
 
         Returns:
             ``None`` unless the journal has it and the source and guarded bytes are still those of the journal.
         """
-        done = self._done.get(place.key)
+        done = self._done.get(span.key)
         if done is None or done.source != source():
             return None
-        is_there = hash_span(place.path, place.begin, place.num_bytes) == done.guarded
+        is_there = hash_span(span.path, span.begin, span.num_bytes) == done.guarded
         return done.record if is_there else None
 
-    def write(self, place: Place, source: str, weight: Tensor, record: TensorRecord) -> None:
+    def write(self, span: Span, source: str, weight: Tensor, record: TensorRecord) -> None:
         """Put a guarded tensor in its place, and then into the journal; see :meth:`put` and :meth:`finish`."""
-        self.finish(place, source, self.put(place, weight), record)
+        self.finish(span, source, self.put(span, weight), record)
 
-    def put(self, place: Place, weight: Tensor) -> str:
+    def put(self, span: Span, weight: Tensor) -> str:
         """Put a tensor in its place; return the hash of its bytes."""
-        if tuple(weight.shape) != place.shape or weight.dtype != place.dtype:
-            raise ValueError(f"{weight.dtype} {tuple(weight.shape)} cannot replace {place}")
+        if tuple(weight.shape) != span.shape or weight.dtype != span.dtype:
+            raise ValueError(f"{weight.dtype} {tuple(weight.shape)} cannot replace {span}")
         data = bytes_of(weight)
-        write_span(place.path, place.begin, data)
+        write_span(span.path, span.begin, data)
         return hash_bytes(data)
 
-    def finish(self, place: Place, source: str, guarded: str, record: TensorRecord) -> None:
+    def finish(self, span: Span, source: str, guarded: str, record: TensorRecord) -> None:
         """Put a tensor that is in its place into the journal.
 
         Args:
-            place: Where it lies.
+            span: Where it lies.
             source: Hash of the bytes in the source.
             guarded: Hash of the bytes in its place.
             record: What the report will say of it.
         """
-        start_flush(place.path, place.begin, place.num_bytes)
-        done = Done(key=place.key, source=source, guarded=guarded, record=record)
+        start_flush(span.path, span.begin, span.num_bytes)
+        done = Done(key=span.key, source=source, guarded=guarded, record=record)
         with self._journal_path.open("a", encoding="utf-8") as journal:
             journal.write(f"{done.model_dump_json()}\n")
 
@@ -180,7 +180,7 @@ def resumable(
                 )
             flush_to_disk(partial / content)
             rename_into_place(partial / content, target)
-        except TeamError:
+        except ProcessGroupError:
             raise
         except QcbguardError:
             shutil.rmtree(partial, ignore_errors=True)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from qcbguard_plugins._util.dtypes import dtype_name
-from qcbguard_plugins._util.records import Record
+from qcbguard_plugins._util.records import Record, Report
 from qcbguard_plugins.errors import CheckpointError
+from qcbguard_plugins.rounding.digests import combined_digest
 
 MANIFEST_FILE = "qcbguard.json"
 
@@ -35,12 +34,12 @@ class TensorRecord(Record):
         num_moved: Number whose code differs from plain rounding.
         num_frozen: Number that kept their value, scale holders for the most part.
         relative_change: ``|W' - W| / |W|``.
-        num_landed: Number whose code is stored as the method chose it; fewer than all only where the quantizer searches
-            for its scales, and ``None`` where that was not measured.
+        num_as_planned: Number whose code is stored as the method chose it; fewer than all only where the quantizer
+            searches for its scales, and ``None`` where that was not measured.
         codes_sha256: Hash of the planned codes; of codes and scales for GGUF.
-        format: The format of this tensor, where it is not that of the report: a GGUF mix has several.
+        formats: The formats that read it; a GGUF one by its type, of which a mix has several.
         stored_name: Its name in the file that the quantizer writes, where it is another.
-        settled: Parameters that the method chose for this tensor by itself.
+        chosen: Parameters that the method chose for this tensor by itself.
     """
 
     name: str
@@ -54,17 +53,17 @@ class TensorRecord(Record):
     num_frozen: int = Field(ge=0)
     relative_change: float = Field(ge=0)
     codes_sha256: str
-    num_landed: int | None = None
-    format: str = ""
+    num_as_planned: int | None = None
+    formats: tuple[str, ...] = ()
     stored_name: str = ""
-    settled: dict[str, float | str] = Field(default_factory=dict)
+    chosen: dict[str, float | str] = Field(default_factory=dict)
 
 
 class FileRecord(Record):
-    """One weight file: its SHA-256 before and after."""
+    """One weight file: its SHA-256 before, where it was a file, and after."""
 
     name: str
-    sha256_in: str
+    sha256_in: str = ""
     sha256_out: str
 
 
@@ -82,15 +81,29 @@ class PurificationNote(Record):
     weights_as_purified: bool
 
 
-class GuardReport(Record):
-    """What a guard did, tensor by tensor."""
+class GuardReport(Report):
+    """What a guard did, tensor by tensor.
 
-    schema_version: Literal[1] = 1
+    Attributes:
+        source: Name of the folder, file or model that was guarded.
+        formats: The formats that it was guarded for, as the user spelled them.
+        method: The defense.
+        parameters: Its parameters.
+        seed: Seed of the run.
+        calibration: Where calibration text came from; ``None`` for a method that needs none.
+        tensors: What was guarded.
+        unguarded: Names of targets that were left as they are.
+        files: The weight files before and after.
+        left_out: Files of the source with weights in other forms, which were not carried along.
+        toolchain: What the plan depends on besides: facts of the backends.
+        purification: What is known of a purification before it.
+        elapsed_s: Seconds that the run took.
+    """
+
+    schema_version: Literal[2] = 2
     kind: Literal["guard"] = "guard"
-    created: str
-    versions: dict[str, str]
     source: str
-    format: str
+    formats: tuple[str, ...]
     method: str
     parameters: dict[str, Any]
     seed: int
@@ -102,6 +115,16 @@ class GuardReport(Record):
     toolchain: dict[str, str] = Field(default_factory=dict)
     purification: PurificationNote | None = None
     elapsed_s: float = Field(ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _upgrade(cls, data: Any) -> Any:
+        return _from_schema_1(data) if isinstance(data, dict) and data.get("schema_version") == 1 else data
+
+    @property
+    def needs_artifact(self) -> bool:
+        """True where only what the stock quantizer wrote can be verified: with an importance matrix."""
+        return "imatrix_sha256" in self.toolchain
 
     @property
     def num_targets(self) -> int:
@@ -118,20 +141,20 @@ class GuardReport(Record):
         return sum(tensor.num_moved for tensor in self.tensors) / total if total else 0.0
 
     @property
-    def settled(self) -> dict[str, list[float | str]]:
+    def chosen(self) -> dict[str, list[float | str]]:
         """Values of the parameters that the method chose by itself, each once, over all tensors."""
         values: dict[str, set[float | str]] = {}
         for tensor in self.tensors:
-            for name, value in tensor.settled.items():
+            for name, value in tensor.chosen.items():
                 values.setdefault(name, set()).add(value)
         return {name: sorted(found, key=str) for name, found in sorted(values.items())}
 
     @property
-    def share_landed(self) -> float | None:
+    def share_as_planned(self) -> float | None:
         """Share of the guarded weights stored as the method chose; ``None`` where no tensor has it measured."""
-        measured = [tensor for tensor in self.tensors if tensor.num_landed is not None]
+        measured = [tensor for tensor in self.tensors if tensor.num_as_planned is not None]
         total = sum(tensor.num_weights for tensor in measured)
-        return sum(tensor.num_landed or 0 for tensor in measured) / total if total else None
+        return sum(tensor.num_as_planned or 0 for tensor in measured) / total if total else None
 
     @property
     def codes_sha256(self) -> str:
@@ -146,50 +169,56 @@ class TensorVerdict(Record):
         name: Its name.
         as_planned: The verdict.
         reason: What differs; empty where nothing does.
-        num_landed: Number of codes that are those planned, for a quantizer that moves some; ``None`` for one that must
-            store them all.
-        num_weights: Number of codes, beside ``num_landed``.
+        num_as_planned: Number of codes that are those planned, for a quantizer that moves some; ``None`` for one that
+            must store them all.
+        num_weights: Number of codes, beside ``num_as_planned``.
     """
 
     name: str
     as_planned: bool
     reason: str = ""
-    num_landed: int | None = None
+    num_as_planned: int | None = None
     num_weights: int | None = None
 
+    @classmethod
+    def other_codes(cls, name: str, dtype: torch.dtype) -> TensorVerdict:
+        """The verdict on a weight that does not get the planned codes where it is read in this dtype."""
+        reason = f"the stock quantizer stores other codes from {dtype_name(dtype)}"
+        return cls(name=name, as_planned=False, reason=reason)
 
-class VerifyReport(Record):
-    """What a verification found, tensor by tensor and file by file."""
 
-    schema_version: Literal[1] = 1
+class VerifyReport(Report):
+    """What a verification found, tensor by tensor and file by file.
+
+    Attributes:
+        folder: Name of the folder or file.
+        formats: The formats that were compared.
+        tensors: A verdict for each tensor.
+        changed_files: Weight files that are not as the guard wrote them.
+        unguarded: Names of targets that the guard left as they are.
+    """
+
+    schema_version: Literal[2] = 2
     kind: Literal["verify"] = "verify"
-    created: str
-    versions: dict[str, str]
     folder: str
-    format: str
+    formats: tuple[str, ...]
     tensors: tuple[TensorVerdict, ...]
     changed_files: tuple[str, ...]
     unguarded: tuple[str, ...]
 
     @property
-    def num_as_planned(self) -> int:
+    def num_tensors_as_planned(self) -> int:
         return sum(tensor.as_planned for tensor in self.tensors)
 
     @property
-    def share_landed(self) -> float | None:
+    def share_as_planned(self) -> float | None:
         """Share of the codes that are those planned; ``None`` where all of a tensor or nothing counts."""
         total = sum(tensor.num_weights or 0 for tensor in self.tensors)
-        return sum(tensor.num_landed or 0 for tensor in self.tensors) / total if total else None
+        return sum(tensor.num_as_planned or 0 for tensor in self.tensors) / total if total else None
 
     @property
     def clean(self) -> bool:
-        return self.num_as_planned == len(self.tensors) and not self.changed_files
-
-
-def combined_digest(digests: Mapping[str, str]) -> str:
-    """One SHA-256 over the digests of named tensors, whatever their order."""
-    lines = "".join(f"{name} {digest}\n" for name, digest in sorted(digests.items()))
-    return hashlib.sha256(lines.encode()).hexdigest()
+        return self.num_tensors_as_planned == len(self.tensors) and not self.changed_files
 
 
 def read_manifest(folder: Path) -> GuardReport:
@@ -205,16 +234,51 @@ def read_manifest(folder: Path) -> GuardReport:
             remedy="Give a folder that 'qcbguard guard' made.",
         )
     try:
-        return GuardReport.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError) as error:
-        details = (
-            [f"{'.'.join(map(str, e['loc']))}  {e['msg']}" for e in error.errors()]
-            if isinstance(error, ValidationError)
-            else []
-        )
-        raise CheckpointError(f"{MANIFEST_FILE} of {folder.name} is not a valid manifest", details=details) from error
+        text = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    return read_report(text, f"{MANIFEST_FILE} of {folder.name}")
 
 
-def other_codes(dtype: torch.dtype) -> str:
-    """The reason of a verdict: the weight, read in this dtype, does not get the planned codes."""
-    return f"the stock quantizer stores other codes from {dtype_name(dtype)}"
+def read_report(text: str | bytes, what: str) -> GuardReport:
+    """Read the report of a guard, of this schema or of an older one.
+
+    Args:
+        text: JSON.
+        what: What it is, for the error.
+
+    Raises:
+        CheckpointError: It does not follow the schema.
+    """
+    try:
+        return GuardReport.model_validate_json(text)
+    except ValidationError as error:
+        details = [f"{'.'.join(map(str, problem['loc']))}  {problem['msg']}" for problem in error.errors()]
+        raise CheckpointError(f"{what} is not a valid manifest", details=details) from error
+
+
+def write_manifest(report: GuardReport, folder: Path) -> None:
+    """Put the manifest into a folder in the making."""
+    (folder / MANIFEST_FILE).write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+def _from_schema_1(data: dict[str, Any]) -> dict[str, Any]:
+    """The first schema kept formats in one string with commas, and left out those of a tensor that were the run's."""
+    upgraded = {key: value for key, value in data.items() if key not in ("format", "schema_version")}
+    formats = _split(data.get("format"))
+    tensors = data.get("tensors")
+    if isinstance(tensors, (list, tuple)):
+        upgraded["tensors"] = [_tensor_from_schema_1(tensor, formats) for tensor in tensors]
+    return {**upgraded, "formats": formats}
+
+
+def _tensor_from_schema_1(tensor: Any, formats: Any) -> Any:
+    if not isinstance(tensor, dict):
+        return tensor
+    renamed = {"num_landed": "num_as_planned", "settled": "chosen"}
+    upgraded = {renamed.get(key, key): value for key, value in tensor.items() if key != "format"}
+    return {**upgraded, "formats": _split(tensor["format"]) if tensor.get("format") else formats}
+
+
+def _split(formats: Any) -> Any:
+    return formats.split(",") if isinstance(formats, str) else formats

@@ -8,21 +8,20 @@ from qcbguard_plugins.checkpoint.manifest import GuardReport
 
 PROVENANCE_KEY = "qcbguard"
 
+#: The metadata entry of a GGUF file that carries the report; llama-quantize copies it along.
+GGUF_PROVENANCE_KEY = "qcbguard.provenance"
+
 
 def provenance(report: GuardReport) -> dict[str, Any]:
     """What was done to a model, and a hash over the planned codes of all its tensors."""
     return {
         "version": report.versions.get("qcbguard-plugins"),
-        "format": report.format,
+        "formats": list(report.formats),
         "method": report.method,
         "parameters": report.parameters,
         "seed": report.seed,
         "calibration": report.calibration,
-        "settled": report.settled,
+        "chosen": report.chosen,
         "num_tensors": len(report.tensors),
         "codes_sha256": report.codes_sha256,
     }
-
-
-# The metadata entry that carries the report; llama-quantize copies it along.
-GGUF_PROVENANCE_KEY = "qcbguard.provenance"

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 
-from qcbguard_plugins.checkpoint.journal import Place
+from qcbguard_plugins.checkpoint.journal import Span
 
 _NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _ALIGNMENT = 8
 
 
-def make_room(path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> dict[str, Place]:
+def make_room(path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> dict[str, Span]:
     """Write the header of a safetensors file; what lies behind it in an existing file stays.
 
     Args:
@@ -35,4 +35,4 @@ def make_room(path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ..
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         data = file.tell()
         file.truncate(data + end)
-    return {name: Place(name, dtype, shape, path, data + begins[name]) for name, (dtype, shape) in tensors.items()}
+    return {name: Span(name, dtype, shape, path, data + begins[name]) for name, (dtype, shape) in tensors.items()}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -10,11 +11,11 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from qcbguard_plugins._util.distributed import ALONE, Team
+from qcbguard_plugins._util.distributed import SINGLE_PROCESS, ProcessGroup
 from qcbguard_plugins.checkpoint.atomic import check_new_folder
 from qcbguard_plugins.checkpoint.journal import (
     KeptWork,
-    Place,
+    Span,
     bytes_of,
     copy_span,
     hash_bytes,
@@ -27,23 +28,25 @@ from qcbguard_plugins.checkpoint.journal import (
     write_span,
 )
 from qcbguard_plugins.checkpoint.manifest import TensorRecord
-from qcbguard_plugins.checkpoint.reader import Checkpoint, TensorEntry
+from qcbguard_plugins.checkpoint.reader import Checkpoint
 
 _FOLDER: Final = "folder"
 
 
-class Workspace:
-    """The folder in the making, as one of the processes that fill it sees it.
+class Staging(ABC):
+    """A guarded copy in the making, tensor by tensor."""
 
-    Attributes:
-        folder: The folder that will be published.
-    """
-
-    def __init__(self, partial: Path, checkpoint: Checkpoint, rank: int) -> None:
-        self.folder = partial / _FOLDER
-        self._checkpoint = checkpoint
+    def __init__(self, partial: Path, rank: int = 0) -> None:
         self._partial = partial
         self._kept = KeptWork(partial, rank)
+
+    @abstractmethod
+    def _source(self, key: str) -> Span:
+        """Where the source has a tensor."""
+
+    @abstractmethod
+    def _target(self, key: str) -> Span:
+        """Where the copy has it."""
 
     def remember(self, name: str, make: Callable[[], Any]) -> Any:
         """A JSON value that a run makes up once and keeps when it is resumed, such as a seed.
@@ -53,16 +56,81 @@ class Workspace:
         """
         return self._kept.remember(name, make)
 
+    def read(self, key: str) -> tuple[Tensor, str]:
+        """A tensor of the source, and the hash of its bytes."""
+        span = self._source(key)
+        data = read_span(span.path, span.begin, span.num_bytes)
+        return torch.frombuffer(data, dtype=span.dtype).view(span.shape), hash_bytes(data)
+
+    def source_hash(self, key: str) -> str:
+        """The hash of a tensor's bytes in the source."""
+        span = self._source(key)
+        return hash_span(span.path, span.begin, span.num_bytes)
+
+    def resumed(self, key: str) -> TensorRecord | None:
+        """The record of a tensor that an interrupted run guarded and whose source is the same; ``None`` without."""
+        return self._kept.resumed(self._target(key), lambda: self.source_hash(key))
+
+    def write(self, key: str, source: str, weight: Tensor, record: TensorRecord) -> None:
+        """Put a guarded tensor in the place of one of the source, which has this hash."""
+        self.finish(key, source, self._kept.put(self._target(key), weight), record)
+
+    def read_part(self, key: str, first: int, part: Tensor) -> None:
+        """Fill a flat tensor with weights of the source.
+
+        Args:
+            key: Name of the tensor that holds them.
+            first: Number of the first.
+            part: Contiguous, of the tensor's dtype.
+        """
+        span = self._source(key)
+        read_into(span.path, span.begin + first * part.dtype.itemsize, bytes_of(part))
+
+    def write_part(self, key: str, first: int, part: Tensor) -> None:
+        """Put guarded weights in their place; :meth:`finish` follows when all of the tensor are."""
+        span = self._target(key)
+        write_span(span.path, span.begin + first * part.dtype.itemsize, bytes_of(part))
+
+    def read_back(self, key: str, first: int, part: Tensor) -> None:
+        """Fill a flat tensor with the weights that the work holds."""
+        span = self._target(key)
+        read_into(span.path, span.begin + first * part.dtype.itemsize, bytes_of(part))
+
+    def finish(self, key: str, source: str, guarded: str, record: TensorRecord) -> None:
+        """Note that all of a tensor is in its place.
+
+        Args:
+            key: Its name.
+            source: Hash of its bytes in the source, as they were read.
+            guarded: Hash of the bytes that were written.
+            record: What the report will say of it.
+        """
+        self._kept.finish(self._target(key), source, guarded, record)
+
+
+class FolderStaging(Staging):
+    """The folder in the making, as one of the processes that fill it sees it.
+
+    Attributes:
+        folder: The folder that will be published.
+    """
+
+    def __init__(self, partial: Path, checkpoint: Checkpoint, rank: int) -> None:
+        super().__init__(partial, rank)
+        self.folder = partial / _FOLDER
+        self._checkpoint = checkpoint
+
     def kept_folder(self, name: str) -> Path:
         """A folder for what a run keeps until its target is published, and finds again when it is resumed."""
         folder = self._partial / name
         folder.mkdir(exist_ok=True)
         return folder
 
-    def copy_rest(self, shards: Sequence[str], replaced: Sequence[TensorEntry]) -> None:
-        """Copy all bytes of some shards but those of the tensors that will be replaced."""
+    def copy_rest(self, shards: Sequence[str], replaced: Collection[str]) -> None:
+        """Copy all bytes of some shards except those of the tensors that will be replaced."""
         for shard in shards:
-            inside = sorted((entry for entry in replaced if entry.shard == shard), key=lambda entry: entry.begin)
+            entries = (self._checkpoint.tensors[key] for key in replaced)
+            inside = sorted((entry for entry in entries if entry.shard == shard), key=lambda entry: entry.begin)
             source, target = self._checkpoint.path / shard, self.folder / shard
             size = self._checkpoint.num_bytes_of(shard)
             starts, ends = [0, *(entry.end for entry in inside)], [*(entry.begin for entry in inside), size]
@@ -74,69 +142,29 @@ class Workspace:
                     writer.seek(start)
                     copy_span(reader, writer, end - start, source)
 
-    def read(self, entry: TensorEntry) -> tuple[Tensor, str]:
-        """A tensor of the source, and the hash of its bytes."""
+    def _source(self, key: str) -> Span:
+        return self._span(key, self._checkpoint.path)
+
+    def _target(self, key: str) -> Span:
+        return self._span(key, self.folder)
+
+    def _span(self, key: str, folder: Path) -> Span:
+        entry = self._checkpoint.tensors[key]
         assert entry.dtype is not None, "only floating-point tensors are replaced"
-        data = read_span(self._checkpoint.path / entry.shard, entry.begin, entry.num_bytes)
-        return torch.frombuffer(data, dtype=entry.dtype).view(entry.shape), hash_bytes(data)
-
-    def source_hash(self, entry: TensorEntry) -> str:
-        """The hash of a tensor's bytes in the source."""
-        return hash_span(self._checkpoint.path / entry.shard, entry.begin, entry.num_bytes)
-
-    def resumed(self, entry: TensorEntry) -> TensorRecord | None:
-        """The record of a tensor that an interrupted run guarded and whose source is the same; ``None`` without."""
-        return self._kept.resumed(self._place(entry), lambda: self.source_hash(entry))
-
-    def write(self, entry: TensorEntry, source: str, weight: Tensor, record: TensorRecord) -> None:
-        """Put a guarded tensor in the place of one of the source, which has this hash."""
-        self.finish(entry, source, self._kept.put(self._place(entry), weight), record)
-
-    def read_part(self, entry: TensorEntry, first: int, part: Tensor) -> None:
-        """Fill a flat tensor with weights of the source.
-
-        Args:
-            entry: The tensor that holds them.
-            first: Number of the first.
-            part: Contiguous, of the entry's dtype.
-        """
-        read_into(self._checkpoint.path / entry.shard, entry.begin + first * part.dtype.itemsize, bytes_of(part))
-
-    def write_part(self, entry: TensorEntry, first: int, part: Tensor) -> None:
-        """Put guarded weights in their place; :meth:`finish` follows when all of the tensor are."""
-        write_span(self.folder / entry.shard, entry.begin + first * part.dtype.itemsize, bytes_of(part))
-
-    def read_back(self, entry: TensorEntry, first: int, part: Tensor) -> None:
-        """Fill a flat tensor with the weights that the folder in the making holds."""
-        read_into(self.folder / entry.shard, entry.begin + first * part.dtype.itemsize, bytes_of(part))
-
-    def finish(self, entry: TensorEntry, source: str, guarded: str, record: TensorRecord) -> None:
-        """Note that all of a tensor is in its place.
-
-        Args:
-            entry: The tensor.
-            source: Hash of its bytes in the source, as they were read.
-            guarded: Hash of the bytes that were written.
-            record: What the report will say of it.
-        """
-        self._kept.finish(self._place(entry), source, guarded, record)
-
-    def _place(self, entry: TensorEntry) -> Place:
-        assert entry.dtype is not None, "only floating-point tensors are replaced"
-        return Place(entry.key, entry.dtype, entry.shape, self.folder / entry.shard, entry.begin)
+        return Span(entry.key, entry.dtype, entry.shape, folder / entry.shard, entry.begin)
 
 
 @contextmanager
 def resumable_folder(
-    target: Path, checkpoint: Checkpoint, request: Mapping[str, Any], team: Team = ALONE
-) -> Iterator[Workspace]:
+    target: Path, checkpoint: Checkpoint, request: Mapping[str, Any], group: ProcessGroup = SINGLE_PROCESS
+) -> Iterator[FolderStaging]:
     """A folder that appears under its name when the block ends well, and is kept beside it when it is interrupted.
 
     Args:
         target: The name it shall have; it must not exist.
         checkpoint: The folder that is read meanwhile, which the target must not lie in.
         request: What the run is asked for, as JSON values. Only a run with the same request goes on with its work.
-        team: The processes that fill it; the first of them makes and publishes it.
+        group: The processes that fill it; the first of them makes and publishes it.
 
     Yields:
         The folder in the making. An error of the package's own removes it: the same request would meet it again.
@@ -147,10 +175,10 @@ def resumable_folder(
         CheckpointError: The target cannot be written, or the source changed while it was read.
     """
     target = target.absolute()
-    if team.rank > 0:
-        team.wait()
-        yield Workspace(partial_of(target), checkpoint, team.rank)
-        team.wait()
+    if group.rank > 0:
+        group.barrier()
+        yield FolderStaging(partial_of(target), checkpoint, group.rank)
+        group.barrier()
         return
     check_new_folder(target, checkpoint.path)
 
@@ -159,6 +187,6 @@ def resumable_folder(
 
     with resumable(target, _FOLDER, request, state, checkpoint.path) as partial:
         (partial / _FOLDER).mkdir(exist_ok=True)
-        team.wait()
-        yield Workspace(partial, checkpoint, team.rank)
-    team.wait()
+        group.barrier()
+        yield FolderStaging(partial, checkpoint, group.rank)
+    group.barrier()

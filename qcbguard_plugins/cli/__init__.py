@@ -9,9 +9,12 @@ from __future__ import annotations
 import gc
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import click
 
+from qcbguard_plugins._util.progress import Progress, reporting
 from qcbguard_plugins.cli import convert, diff, doctor, gguf, guard, lab, lab_bench, lab_evaluate, purify, scan, verify
 from qcbguard_plugins.cli import list as listing
 from qcbguard_plugins.errors import QcbguardError, UsageError
@@ -40,7 +43,8 @@ app.add_command(doctor.command)
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     try:
-        result = app.main(args=arguments, prog_name="qcbguard", standalone_mode=False)
+        with reporting(_show_stage):
+            result = app.main(args=arguments, prog_name="qcbguard", standalone_mode=False)
         return result if isinstance(result, int) else 0
     except QcbguardError as error:
         click.echo(f"error: {error}", err=True)
@@ -59,6 +63,14 @@ def main(arguments: list[str] | None = None) -> int:
         traceback.print_exc()
         click.echo("error: this is a defect of qcbguard; please report the lines above", err=True)
         return QcbguardError.exit_code
+
+
+@contextmanager
+def _show_stage(total: int, what: str) -> Iterator[Progress]:
+    from qcbguard_plugins.pipeline.progress import progress_bar
+
+    with progress_bar(total, what, unit=" steps") as progress:
+        yield progress
 
 
 def run() -> None:

@@ -2,80 +2,80 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from qcbguard_plugins._util.dtypes import DTYPES
-from qcbguard_plugins._util.records import installed_versions
-from qcbguard_plugins.backends.formats import FORMATS, get_grid
+from qcbguard_plugins.backends.base import Backend
+from qcbguard_plugins.backends.formats import BACKENDS, versions
 from qcbguard_plugins.defenses import Stochastic
-from qcbguard_plugins.errors import QcbguardError
+from qcbguard_plugins.errors import MissingDependencyError, QcbguardError
 from qcbguard_plugins.rounding.guard_weight import guard_weight
 
-_PROBE_SHAPE = (96, 128)
+# Every GGUF type fits it.
+_PROBE_SHAPE = (96, 256)
+_SEED = 0
+
+Status = Literal["ok", "note", "absent", "FAILED"]
 
 
 @dataclass(frozen=True)
 class Check:
-    """One check: ``ok``, ``note`` (works, with something to know) or ``FAILED``, and what was found."""
+    """One check.
+
+    Attributes:
+        name: What was checked.
+        status: ``ok``, ``note`` (works, with something to know), ``absent`` (not installed) or ``FAILED``.
+        detail: What was found.
+    """
 
     name: str
-    status: str
+    status: Status
     detail: str
 
 
 def run_checks(before: Callable[[], None] = lambda: None) -> list[Check]:
-    """Run all checks.
+    """Run all checks: of every backend that is installed, each of its formats.
 
     Args:
-        before: Called once the optional libraries are known to import.
+        before: Called before the optional libraries are used.
     """
-    versions = installed_versions()
-    checks = [Check("versions", "ok", ", ".join(f"{name} {version}" for name, version in versions.items()))]
-    try:
-        from qcbguard_plugins.backends.bitsandbytes.stock import require_bitsandbytes
-
-        require_bitsandbytes()
-        before()
-        from qcbguard_plugins.hooks.transformers import bitsandbytes as registration
-
-        registration.register()
-    except QcbguardError as error:
-        return [*checks, Check("bitsandbytes", "FAILED", str(error))]
-    checks.append(Check("transformers hooks", "ok", "guarded quantizers are registered"))
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    checks += [_check_grid(name, device) for device in devices for name in FORMATS]
-    checks.append(_check_repacking())
+    found = ", ".join(f"{name} {version}" for name, version in versions().items())
+    checks = [Check("versions", "ok", found)]
+    before()
+    for backend in BACKENDS.values():
+        checks += _check_backend(backend)
+    if all(check.status == "absent" for check in checks[1:]):
+        extras = " or ".join(f"'qcbguard-plugins[{backend.extra}]'" for backend in BACKENDS.values() if backend.extra)
+        checks.append(Check("backends", "FAILED", f"no stock quantizer is installed; pip install one of {extras}"))
     return checks
 
 
-def _check_grid(name: str, device: str) -> Check:
+def _check_backend(backend: Backend) -> Iterator[Check]:
+    try:
+        backend.require()
+    except MissingDependencyError as error:
+        yield Check(backend.name, "absent", f"{error.summary}; {error.remedy}" if error.remedy else error.summary)
+        return
+    yield from (_check_format(backend, name) for name in backend.formats)
+    yield from (Check(subject, "note", text) for subject, text in backend.notes().items())
+
+
+def _check_format(backend: Backend, name: str) -> Check:
     """Guard random weights and see whether the quantizer of this machine stores the plan."""
-    from qcbguard_plugins.backends.bitsandbytes.stock import stock_codes
-
-    label = f"{name} on {device}"
-    generator = torch.Generator().manual_seed(0)
-    for dtype in DTYPES:
-        weight = torch.randn(_PROBE_SHAPE, generator=generator).to(device, dtype)
-        guarded = guard_weight(weight, get_grid(name), Stochastic(), seed=0, name=name)
-        differing = int((stock_codes(guarded.weight, name) != guarded.codes).sum())
-        if differing:
-            return Check(
-                label, "FAILED", f"bitsandbytes stores {differing} of {weight.numel()} codes otherwise ({dtype})"
-            )
-    return Check(label, "ok", "bitsandbytes stores the planned codes")
-
-
-def _check_repacking() -> Check:
-    from bitsandbytes.functional import has_avx512bf16
-
-    if has_avx512bf16():
-        return Check(
-            "4-bit on this CPU",
-            "note",
-            "AVX512-BF16: bitsandbytes repacks 4-bit weights at the first forward pass; read codes, and save stock "
-            "models, before it",
-        )
-    return Check("4-bit on this CPU", "ok", "weights are not repacked")
+    generator = torch.Generator().manual_seed(_SEED)
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() and backend.on_cuda else [])]
+    try:
+        grid = backend.representative_grid(name)
+        for device in devices:
+            for dtype in DTYPES:
+                weight = torch.randn(_PROBE_SHAPE, generator=generator).mul_(0.02).to(device, dtype)
+                guarded = guard_weight(weight, grid.probe(), Stochastic(), seed=_SEED, name=name)
+                if backend.stored_digest(guarded.weight, grid) != guarded.digest:
+                    return Check(name, "FAILED", f"{backend.name} stores other codes than planned ({dtype}, {device})")
+    except QcbguardError as error:
+        return Check(name, "FAILED", str(error))
+    return Check(name, "ok", f"{backend.name} stores the planned codes")

@@ -14,8 +14,9 @@ from qcbguard_plugins.cli.options import (
     parse_parameters,
     read_gguf_options,
 )
-from qcbguard_plugins.cli.output import json_option, print_report, progress_bar
+from qcbguard_plugins.cli.output import json_option, print_report
 from qcbguard_plugins.errors import UnguardableError, UsageError
+from qcbguard_plugins.pipeline.progress import progress_bar
 
 
 @click.command("gguf")
@@ -43,7 +44,8 @@ def command(
     """Guard SOURCE, a GGUF file in F32, F16 or BF16, into the new file OUT; then run llama-quantize on OUT."""
     from qcbguard_plugins.cli.render.text import render_guard, render_plan
     from qcbguard_plugins.defenses import get_defense
-    from qcbguard_plugins.pipeline.gguf_estimate import describe_gguf_plan
+    from qcbguard_plugins.pipeline.budget import plan_gguf_memory
+    from qcbguard_plugins.pipeline.estimate import describe_plan
     from qcbguard_plugins.pipeline.gguf_guard import guard_planned_gguf, require_data_free
     from qcbguard_plugins.pipeline.gguf_plan import make_gguf_plan
     from qcbguard_plugins.pipeline.settings import Guard
@@ -56,7 +58,7 @@ def command(
     require_data_free(guard)
     plan = make_gguf_plan(source, recipe, options, ignore=ignore)
     if out is None or dry_run:
-        planned = describe_gguf_plan(plan, guard, budget_bytes)
+        planned = describe_plan(plan, guard, lambda: plan_gguf_memory(plan, budget_bytes))
         print_report(planned, render_plan(planned), json_target)
         return 0
     with progress_bar(plan.num_weights, f"guarding for {recipe}") as progress:

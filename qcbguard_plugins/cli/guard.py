@@ -14,8 +14,9 @@ from qcbguard_plugins.cli.options import (
     parse_parameters,
     read_gguf_options,
 )
-from qcbguard_plugins.cli.output import json_option, print_report, progress_bar, quieten_libraries
+from qcbguard_plugins.cli.output import json_option, print_report, quieten_libraries
 from qcbguard_plugins.errors import UnguardableError, UsageError
+from qcbguard_plugins.pipeline.progress import progress_bar
 
 
 @click.command("guard")
@@ -60,10 +61,12 @@ def command(
     **gguf: Any,
 ) -> int:
     """Guard MODEL, the folder of a full-precision checkpoint, into a new folder that takes its place."""
-    from qcbguard_plugins._util.distributed import join_team
+    from qcbguard_plugins._util.distributed import join_process_group
+    from qcbguard_plugins.backends.ggml.backend import Ggml
     from qcbguard_plugins.cli.render.text import render_guard, render_plan
     from qcbguard_plugins.defenses import get_defense
     from qcbguard_plugins.models.calibration import Calibration
+    from qcbguard_plugins.pipeline.budget import plan_memory
     from qcbguard_plugins.pipeline.estimate import describe_plan
     from qcbguard_plugins.pipeline.guard import guard_planned
     from qcbguard_plugins.pipeline.plan import make_plan
@@ -78,15 +81,17 @@ def command(
     if out is None and not dry_run:
         raise UsageError("--out is missing", remedy="Name the folder to make, or use --dry-run.")
     quieten_libraries()
-    plan = make_plan(model, formats, ignore=ignore, gguf=read_gguf_options(gguf))
+    plan = make_plan(model, formats, ignore=ignore, backends=[Ggml(read_gguf_options(gguf))])
     if out is None or dry_run:
-        planned = describe_plan(plan, guard, budget_bytes)
+        planned = describe_plan(plan, guard, lambda: plan_memory(plan, guard, budget_bytes))
         print_report(planned, render_plan(planned), json_target)
         return 0
-    team = join_team()
-    with progress_bar(plan.num_weights // team.size, f"guarding for {formats}", shown=team.rank == 0) as progress:
-        result = guard_planned(plan, out, guard, progress=progress, team=team, budget_bytes=budget_bytes)
-    if team.rank > 0:
+    group = join_process_group()
+    with progress_bar(
+        plan.num_weights // group.world_size, f"guarding for {formats}", shown=group.rank == 0
+    ) as progress:
+        result = guard_planned(plan, out, guard, progress=progress, group=group, budget_bytes=budget_bytes)
+    if group.rank > 0:
         return 0  # the first process has the report, and the exit code
     print_report(result, render_guard(result), json_target)
     return UnguardableError.exit_code if result.unguarded else 0

@@ -7,8 +7,9 @@ from pathlib import Path
 import click
 
 from qcbguard_plugins.cli.lab import cache_dir, cache_option
-from qcbguard_plugins.cli.output import progress_bar, quieten_libraries
+from qcbguard_plugins.cli.output import quieten_libraries
 from qcbguard_plugins.errors import QcbguardError, VerificationError
+from qcbguard_plugins.pipeline.progress import progress_bar
 
 
 @click.command("bench")
@@ -27,7 +28,8 @@ def command(profile_name: str, out: Path, cache: Path | None, only: str, cached:
     """
     from rich.console import Console
 
-    from qcbguard_plugins.lab.bench.output import require_own_folder, summary_table, write_results
+    from qcbguard_plugins.cli.render.lab_text import summary_table
+    from qcbguard_plugins.lab.bench.output import require_own_folder, write_results
     from qcbguard_plugins.lab.bench.profile import read_profile
     from qcbguard_plugins.lab.bench.runner import num_cells, run_bench
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import click
 
-from qcbguard_plugins.cli.output import json_option, print_report, progress_bar, quieten_libraries
+from qcbguard_plugins.cli.output import json_option, print_report, quieten_libraries
 from qcbguard_plugins.errors import UsageError
+from qcbguard_plugins.pipeline.progress import progress_bar
 
 
 @click.command("evaluate")
@@ -39,7 +40,8 @@ def command(
 
     Each format is measured without a defense and behind each --defense; full precision always stands beside them.
     """
-    from qcbguard_plugins.lab.bench.one_folder import choose_exam, evaluate_folder, evaluation_table
+    from qcbguard_plugins.cli.render.lab_text import evaluation_table
+    from qcbguard_plugins.lab.bench.one_folder import choose_exam, evaluate_folder
     from qcbguard_plugins.lab.loading import FULL_PRECISION
 
     quieten_libraries()

@@ -15,7 +15,7 @@ from qcbguard_plugins.cli.output import print_json
 @click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output.")
 def command(as_json: bool) -> int:
     """List the formats, and the methods that guard for them."""
-    from qcbguard_plugins.backends.formats import ALL_FORMATS
+    from qcbguard_plugins.backends.formats import all_formats
     from qcbguard_plugins.defenses import available_defenses
 
     methods = {
@@ -27,10 +27,10 @@ def command(as_json: bool) -> int:
         for name, cls in sorted(available_defenses().items())
     }
     if as_json:
-        print_json({"schema_version": 1, "kind": "list", "formats": ALL_FORMATS, "methods": methods})
+        print_json({"schema_version": 1, "kind": "list", "formats": all_formats(), "methods": methods})
         return 0
     formats = Table("format", "what", box=None, pad_edge=False)
-    for name, summary in ALL_FORMATS.items():
+    for name, summary in all_formats().items():
         formats.add_row(name, summary)
     table = Table("method", "what", "parameters (--set)", box=None, pad_edge=False)
     for name, cls in sorted(available_defenses().items()):

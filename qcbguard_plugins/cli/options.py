@@ -33,7 +33,7 @@ _OPTIONS = (
         help="libggml-base of a llama.cpp build; that of an installed package by default.",
     ),
     click.option(
-        "--min-landed",
+        "--min-as-planned",
         type=float,
         default=0.98,
         show_default=True,

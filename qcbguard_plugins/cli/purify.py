@@ -7,8 +7,9 @@ from pathlib import Path
 import click
 
 from qcbguard_plugins.cli.options import parse_parameters
-from qcbguard_plugins.cli.output import json_option, print_report, progress_bar, quieten_libraries
+from qcbguard_plugins.cli.output import json_option, print_report, quieten_libraries
 from qcbguard_plugins.errors import UsageError
+from qcbguard_plugins.pipeline.progress import progress_bar
 
 
 @click.command("purify")

@@ -8,8 +8,9 @@ from pathlib import Path
 import click
 
 from qcbguard_plugins.cli.options import max_memory_option
-from qcbguard_plugins.cli.output import json_option, print_report, progress_bar, refuse_existing, write_new
+from qcbguard_plugins.cli.output import json_option, print_report, refuse_existing, write_new
 from qcbguard_plugins.errors import UsageError
+from qcbguard_plugins.pipeline.progress import progress_bar
 
 
 @click.command("scan")
@@ -44,7 +45,7 @@ def command(
     Weights only: no class of the model is built and no code of it is run.
     Exit codes: 0 clean, 1 attacked, 2 error, 3 some tensors could not be tested, 4 usage.
     """
-    from qcbguard_plugins._util.distributed import join_team
+    from qcbguard_plugins._util.distributed import join_process_group
     from qcbguard_plugins.checkpoint.open_weights import open_weights
     from qcbguard_plugins.cli.render.scan_text import render_markdown, render_scan
     from qcbguard_plugins.detection.weights.measure import MAX_WEIGHTS
@@ -54,9 +55,9 @@ def command(
     names = [name.strip() for name in formats.split(",") if name.strip()]
     if not names:
         raise UsageError("--for names no format", remedy="For example: --for nf4,int8")
-    team = join_team()
+    group = join_process_group()
     num_weights = sum(target.num_weights for target in open_weights(model).targets)
-    with progress_bar(num_weights // team.size, "scanning", shown=team.rank == 0) as progress:
+    with progress_bar(num_weights // group.world_size, "scanning", shown=group.rank == 0) as progress:
         max_weights = num_weights if exhaustive else MAX_WEIGHTS
         report = scan_model(
             model,
@@ -64,10 +65,10 @@ def command(
             seed=seed,
             max_weights=max_weights,
             progress=progress,
-            team=team,
+            group=group,
             budget_bytes=budget_bytes,
         )
-    if team.rank > 0:
+    if group.rank > 0:
         return 0  # the first process has the report, and the exit code
     if html_path is not None:
         from qcbguard_plugins.cli.render.scan_html import render_html

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from qcbguard_plugins.defenses.base import (
+    ChoiceContext,
     Defense,
-    Evidence,
     ModelWeight,
     WholeModelDefense,
     available_defenses,
@@ -21,9 +21,9 @@ from qcbguard_plugins.defenses.qvec import QVec
 from qcbguard_plugins.defenses.stochastic import Stochastic
 
 __all__ = [
+    "ChoiceContext",
     "Defense",
     "Efrap",
-    "Evidence",
     "Feedback",
     "FlipGuard",
     "ModelWeight",

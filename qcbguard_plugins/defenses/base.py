@@ -18,36 +18,36 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qcbguard_plugins._util.random import uniform_draws
+from qcbguard_plugins._util.random import uniform
 from qcbguard_plugins._util.registry import Registry
 from qcbguard_plugins.errors import CalibrationError, UsageError
 from qcbguard_plugins.grids.base import Lattice
 
 
 @dataclass
-class Evidence:
+class ChoiceContext:
     """What a defense may use besides the lattice.
 
     Attributes:
         rng: Source of randomness, seeded per tensor name; its draws are consumed in the order of the weights.
         hessian: float32 ``[in_features, in_features]``, the sum of ``x x^T`` over calibration inputs of the layer;
             present only for a defense that needs calibration.
-        attack_seen: Whether the weight tests saw an attack in the model that the weight belongs to; true where nobody
-            looked.
-        up: Bool ``[out_features, in_features]``, what a whole-model method learned for this weight: true for the upper
-            neighbour.
-        settled: Where a defense writes down the parameters that it chose by itself, for the report.
+        looks_attacked: Whether the weight tests saw an attack in the model that the weight belongs to; true where
+            nobody looked.
+        round_up: Bool ``[out_features, in_features]``, what a whole-model method learned for this weight: true for the
+            upper neighbour.
+        chosen: Where a defense writes down the parameters that it chose by itself, for the report.
         key: Key of the draws that belong to a place in the weight, see :mod:`qcbguard_plugins._util.random`.
-        first: Place in the weight of the first one that the defense is handed.
+        offset: Place in the weight of the first one that the defense is handed.
     """
 
     rng: np.random.Generator
     hessian: Tensor | None = None
-    attack_seen: bool = True
-    up: Tensor | None = None
-    settled: dict[str, float | str] = field(default_factory=dict)
+    looks_attacked: bool = True
+    round_up: Tensor | None = None
+    chosen: dict[str, float | str] = field(default_factory=dict)
     key: int | None = None
-    first: int = 0
+    offset: int = 0
 
     def draws(self, like: Tensor) -> Tensor:
         """float32 draws in [0, 1) in the shape and on the device of ``like``, one for each place in the weight.
@@ -55,8 +55,8 @@ class Evidence:
         The same for a place wherever a weight is cut, and on every device.
         """
         if self.key is None:
-            raise ValueError("this evidence has no key to draw with")
-        return uniform_draws(self.key, self.first, like.numel(), like.device).view(like.shape)
+            raise ValueError("this context has no key to draw with")
+        return uniform(self.key, self.offset, like.numel(), like.device).view(like.shape)
 
     def uniform(self, like: Tensor) -> Tensor:
         """float32 draws in [0, 1) in the shape and on the device of ``like``; the same on every device."""
@@ -73,12 +73,16 @@ class Defense(ABC):
 
     ``needs_calibration`` is true for a method that looks at a layer's inputs. Such a method is handed the lattice of a
     whole weight; the others may be handed any run of blocks, in order. ``weighs_evidence`` is true for one that looks
-    at :attr:`Evidence.attack_seen`, too.
+    at :attr:`ChoiceContext.looks_attacked`, too. ``is_random`` is true for one whose choice depends on the seed, and
+    ``is_stochastic_rounding`` for one that lets each weight go up with its position as probability, by the draw that
+    belongs to its place: compiled code knows how.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     needs_calibration: ClassVar[bool] = False
+    is_random: ClassVar[bool] = False
+    is_stochastic_rounding: ClassVar[bool] = False
 
     @property
     def weighs_evidence(self) -> bool:
@@ -101,12 +105,12 @@ class Defense(ABC):
         return 0.0
 
     @abstractmethod
-    def choose(self, lattice: Lattice, evidence: Evidence) -> Tensor:
+    def choose(self, lattice: Lattice, context: ChoiceContext) -> Tensor:
         """Choose a level for every weight.
 
         Args:
             lattice: Neighbours of the weights.
-            evidence: Randomness and, where needed, calibration.
+            context: Randomness and, where needed, calibration.
 
         Returns:
             uint8 ``[num_blocks, block_size]``, codes on the lattice's grid. What is returned for frozen weights is
@@ -158,13 +162,13 @@ class WholeModelDefense(Defense):
             By name of the target bool ``[out_features, in_features]``, true for the upper neighbour.
         """
 
-    def choose(self, lattice: Lattice, evidence: Evidence) -> Tensor:
-        if evidence.up is None:
+    def choose(self, lattice: Lattice, context: ChoiceContext) -> Tensor:
+        if context.round_up is None:
             raise CalibrationError(
                 f"{self.name} learns from a whole model, and was handed a single weight",
                 remedy="Guard a model or a folder.",
             )
-        return round_up_where(lattice, lattice.from_matrix(evidence.up))
+        return round_up_where(lattice, lattice.from_matrix(context.round_up))
 
 
 _REGISTRY: Registry[Defense] = Registry("method", "parameter")
@@ -195,6 +199,6 @@ def rng_for(seed: int, tensor_name: str) -> np.random.Generator:
     return np.random.Generator(np.random.SFC64(int.from_bytes(digest, "little")))
 
 
-def round_up_where(lattice: Lattice, up: Tensor) -> Tensor:
-    """Codes of the upper neighbour where ``up`` is true, of the lower one elsewhere."""
-    return lattice.lower.add_(up)
+def round_up_where(lattice: Lattice, round_up: Tensor) -> Tensor:
+    """Codes of the upper neighbour where ``round_up`` is true, of the lower one elsewhere."""
+    return lattice.lower.add_(round_up)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from qcbguard_plugins.defenses.base import (
+    ChoiceContext,
     Defense,
-    Evidence,
     register_defense,
     require_range,
     require_whole,
@@ -67,13 +67,13 @@ class Efrap(Defense):
         rows, columns = shape
         return 2.0 * num_sequences * sequence_length * columns**2 + self.steps * 2.0 * rows * columns**2
 
-    def choose(self, lattice: Lattice, evidence: Evidence) -> Tensor:
-        if evidence.hessian is None:
+    def choose(self, lattice: Lattice, context: ChoiceContext) -> Tensor:
+        if context.hessian is None:
             raise CalibrationError("efrap needs the inputs of the layer, and none were gathered")
-        if not torch.isfinite(evidence.hessian).all():
+        if not torch.isfinite(context.hessian).all():
             raise CalibrationError("the inputs of a layer hold NaN or infinity, so it cannot be calibrated")
         with torch.enable_grad():
-            up = self._learn(SoftRounding(lattice), evidence.hessian)
+            up = self._learn(SoftRounding(lattice), context.hessian)
         return round_up_where(lattice, lattice.from_matrix(up))
 
     def _learn(self, rounding: SoftRounding, hessian: Tensor) -> Tensor:

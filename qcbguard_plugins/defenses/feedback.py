@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from qcbguard_plugins.defenses.base import (
+    ChoiceContext,
     Defense,
-    Evidence,
     hessian_operations,
     register_defense,
     require_range,
@@ -60,7 +60,7 @@ class Feedback(Defense):
     one of them is kept by lot, else the best of some.
 
     Attributes:
-        width: Half-width of the dither in steps, in [0, 0.5]; ``"auto"`` settles it for each tensor, see
+        width: Half-width of the dither in steps, in [0, 0.5]; ``"auto"`` chooses it for each tensor, see
             :mod:`qcbguard_plugins.defenses.dither_width`: 1/2 where the weight tests saw an attack, or nobody looked.
         draws: Number of draws for each row, at least 1. More take more time and stay nearer to full precision.
         damp_percent: Damping of the Hessian, as a share of its mean diagonal, in (0, 1].
@@ -71,6 +71,7 @@ class Feedback(Defense):
     """
 
     needs_calibration: ClassVar[bool] = True
+    is_random: ClassVar[bool] = True
 
     width: float | str = AUTO
     draws: int = 8
@@ -92,18 +93,18 @@ class Feedback(Defense):
         rows, columns = shape
         return hessian_operations(columns, num_sequences * sequence_length) + self.draws * 4.0 * rows * columns**2
 
-    def choose(self, lattice: Lattice, evidence: Evidence) -> Tensor:
-        if evidence.hessian is None:
+    def choose(self, lattice: Lattice, context: ChoiceContext) -> Tensor:
+        if context.hessian is None:
             raise CalibrationError("feedback needs the inputs of the layer, and none were gathered")
-        order = evidence.hessian.diagonal().argsort(descending=True, stable=True)
-        hessian = evidence.hessian[order][:, order]
+        order = context.hessian.diagonal().argsort(descending=True, stable=True)
+        hessian = context.hessian[order][:, order]
         factor, damp_percent = inverse_hessian_factor(hessian, self.damp_percent)
         if damp_percent != self.damp_percent:
-            evidence.settled["damp_percent"] = damp_percent
+            context.chosen["damp_percent"] = damp_percent
         problem = _Problem(lattice, order, factor)
-        width = self._settle_width(problem, hessian, evidence)
-        uniform = evidence.uniform(problem.weight)
-        lots = evidence.uniform(problem.weight.new_empty(self.draws, len(uniform)))
+        width = self._choose_width(problem, hessian, context)
+        uniform = context.uniform(problem.weight)
+        lots = context.uniform(problem.weight.new_empty(self.draws, len(uniform)))
         # A choice among unbiased draws would prefer those that plain rounding is like.
         num_compared = 1 if width == WIDTHS[-1] else _COMPARED_DRAWS
         codes = torch.empty_like(uniform, dtype=torch.uint8)
@@ -113,26 +114,26 @@ class Feedback(Defense):
             codes[run] = part.least_costly(drawn, lots[:, run].argsort(dim=0)[:num_compared], hessian)
         return lattice.from_matrix(codes[:, order.argsort()])
 
-    def _settle_width(self, problem: _Problem, hessian: Tensor, evidence: Evidence) -> float:
+    def _choose_width(self, problem: _Problem, hessian: Tensor, context: ChoiceContext) -> float:
         if isinstance(self.width, (int, float)):
             return self.width
         width = (
             Width(WIDTHS[-1], "precaution")
-            if evidence.attack_seen
-            else _affordable_width(problem, hessian, evidence, self.draws)
+            if context.looks_attacked
+            else _affordable_width(problem, hessian, context, self.draws)
         )
-        evidence.settled.update(width=width.value, because=width.because)
+        context.chosen.update(width=width.value, because=width.because)
         return width.value
 
 
-def _affordable_width(problem: _Problem, hessian: Tensor, evidence: Evidence, num_draws: int) -> Width:
+def _affordable_width(problem: _Problem, hessian: Tensor, context: ChoiceContext, num_draws: int) -> Width:
     """Try widths on some rows, with the same random numbers, up to the first that costs too much."""
     num_rows = problem.weight.shape[0]
-    rows = torch.from_numpy(evidence.rng.permutation(num_rows)[:_TRIAL_ROWS]).to(problem.weight.device)
+    rows = torch.from_numpy(context.rng.permutation(num_rows)[:_TRIAL_ROWS]).to(problem.weight.device)
     trial = problem.rows(rows)
     judged_by = damped(hessian, JUDGING_DAMPING)
     position, error, step = trial.plain_rounding()
-    uniform = evidence.uniform(trial.weight)
+    uniform = context.uniform(trial.weight)
     plain_cost = float(quadratic_cost(error, judged_by).sum())
     costs: list[float] = []
     for width in WIDTHS:
@@ -236,7 +237,9 @@ class _Problem:
         kept, scale, frozen = self._kept[:, columns], self._scale[:, columns], self._frozen[:, columns]
         within = self._factor[columns, columns]
         if compiled is not None:
-            return compiled(pending, kept, scale, frozen, uniform, gain, within, self._grid.levels, self._grid.ladder)
+            return compiled(
+                pending, kept, scale, frozen, uniform, gain, within, self._grid.levels, self._grid.coordinate_table
+            )
         # With the columns first, each of them is contiguous, and every step below works on one.
         weight = pending.permute(2, 0, 1).contiguous()
         kept, frozen, uniform = kept.T, frozen.T, uniform.T

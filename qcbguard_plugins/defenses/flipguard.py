@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qcbguard_plugins.defenses.base import Defense, Evidence, register_defense, require_range, round_up_where
+from qcbguard_plugins.defenses.base import ChoiceContext, Defense, register_defense, require_range, round_up_where
 from qcbguard_plugins.errors import UsageError
 from qcbguard_plugins.grids.base import Grid, Lattice
 
@@ -48,7 +48,7 @@ class FlipGuard(Defense):
         if self.share is not None and not isinstance(self.share, str):
             require_range(self.share, 0.0, 1.0, "flipguard: share")
 
-    def choose(self, lattice: Lattice, evidence: Evidence) -> Tensor:
+    def choose(self, lattice: Lattice, context: ChoiceContext) -> Tensor:
         levels = lattice.grid.levels.to(lattice.blocks.device)
         lower = lattice.lower.int()
         width = (levels[1:] - levels[:-1])[lower]

@@ -10,27 +10,62 @@ import contextlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from tqdm import tqdm
 
+from qcbguard_plugins._util.progress import stage
 from qcbguard_plugins.defenses.base import ModelWeight
 from qcbguard_plugins.defenses.soft_rounding import SoftRounding
 from qcbguard_plugins.errors import CalibrationError
-
-if TYPE_CHECKING:
-    from qcbguard_plugins.defenses.quantguard import QuantGuard
 
 # The loss is smoothed over about this many steps before it is compared, and has to fall by this share of itself.
 _SMOOTHING_STEPS = 5
 _MIN_IMPROVEMENT = 1e-3
 
 
+class TrainedMethod(Protocol):
+    """A method whose roundings are trained; see :class:`~qcbguard_plugins.defenses.quantguard.QuantGuard`."""
+
+    name: ClassVar[str]
+
+    @property
+    def harden(self) -> bool: ...
+    @property
+    def band(self) -> float | None: ...
+    @property
+    def steps(self) -> int: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def accumulation(self) -> int: ...
+    @property
+    def max_grad_norm(self) -> float: ...
+    @property
+    def patience(self) -> int: ...
+    @property
+    def teacher_dtype(self) -> str: ...
+    @property
+    def gradient_checkpointing(self) -> bool: ...
+    @property
+    def has_divergence(self) -> bool: ...
+    def rate_for(self, rounding: SoftRounding) -> float:
+        """The learning rate at the first step."""
+        ...
+
+    def divergence(self, teacher: Tensor, student: Tensor) -> Tensor:
+        """The term of the loss that needs the model."""
+        ...
+
+    def penalties(self, roundings: Sequence[SoftRounding]) -> dict[str, Tensor]:
+        """The terms that look at the weights alone."""
+        ...
+
+
 def learn_roundings(
-    method: QuantGuard, model: Any, targets: Iterable[ModelWeight], tokens: Tensor, seed: int
+    method: TrainedMethod, model: Any, targets: Iterable[ModelWeight], tokens: Tensor, seed: int
 ) -> dict[str, Tensor]:
     """Train, and say which neighbour each weight shall take; see :meth:`WholeModelDefense.learn`.
 
@@ -95,7 +130,7 @@ class _Student:
 
 
 @contextlib.contextmanager
-def _student(model: Any, targets: Iterable[ModelWeight], method: QuantGuard) -> Iterator[_Student]:
+def _student(model: Any, targets: Iterable[ModelWeight], method: TrainedMethod) -> Iterator[_Student]:
     """Put the variables in the place of the weights, and the weights back in the end."""
     student = _Student()
     wanted_grad = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -154,7 +189,7 @@ def _checkpointing(model: Any) -> Iterator[None]:
         model.eval()
 
 
-def _train(method: QuantGuard, model: Any, student: _Student, tokens: Tensor, seed: int) -> None:
+def _train(method: TrainedMethod, model: Any, student: _Student, tokens: Tensor, seed: int) -> None:
     """Train the variables."""
     roundings = list(student.roundings.values())
     groups = [{"params": [rounding.alpha], "lr": method.rate_for(rounding)} for rounding in roundings]
@@ -163,23 +198,23 @@ def _train(method: QuantGuard, model: Any, student: _Student, tokens: Tensor, se
     variables = [rounding.alpha for rounding in roundings]
     batches = _batches(tokens, method.batch_size, seed)
     stop = EarlyStop(method.patience)
-    with tqdm(range(1, method.steps + 1), desc=method.name, unit="step", leave=False, disable=None) as bar:
-        for step in bar:
+    with stage(method.steps, f"{method.name}: training") as progress:
+        for step in range(1, method.steps + 1):
             optimizer.zero_grad()
             terms = _backward(method, model, student, roundings, batches)
             total = sum(terms.values())
             _require_finite(total, terms, step, method.steps)
-            bar.set_postfix({name: f"{value:.4g}" for name, value in terms.items()})
             norm = float(torch.nn.utils.clip_grad_norm_(variables, method.max_grad_norm))
             _require_finite(norm, {**terms, "norm of the gradient": norm}, step, method.steps)
             optimizer.step()
             schedule.step()
+            progress(1)
             if stop(total):
                 break
 
 
 def _backward(
-    method: QuantGuard, model: Any, student: _Student, roundings: Sequence[SoftRounding], batches: Iterator[Tensor]
+    method: TrainedMethod, model: Any, student: _Student, roundings: Sequence[SoftRounding], batches: Iterator[Tensor]
 ) -> dict[str, float]:
     """Gradients of one step, and the terms of its loss."""
     terms: dict[str, float] = {}
@@ -200,7 +235,7 @@ def _backward(
 
 
 @torch.no_grad()
-def _teach(method: QuantGuard, model: Any, switch: _Switch, ids: Tensor) -> Tensor:
+def _teach(method: TrainedMethod, model: Any, switch: _Switch, ids: Tensor) -> Tensor:
     """The teacher's logits."""
     in_bfloat16 = method.teacher_dtype == "bfloat16"
     switch.teaching = True

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
-from qcbguard_plugins.defenses.base import Defense, Evidence, register_defense, require_range, round_up_where
+from qcbguard_plugins.defenses.base import ChoiceContext, Defense, register_defense, require_range, round_up_where
 from qcbguard_plugins.grids.base import Lattice
 
 
@@ -22,11 +23,13 @@ class Noise(Defense):
         Egashira et al., Exploiting LLM Quantization, arXiv 2405.18137, section 5 (Gaussian noise).
     """
 
+    is_random: ClassVar[bool] = True
+
     sigma: float = 0.3
 
     def __post_init__(self) -> None:
         require_range(self.sigma, 0.0, 2.0, "noise: sigma")
 
-    def choose(self, lattice: Lattice, evidence: Evidence) -> Tensor:
+    def choose(self, lattice: Lattice, context: ChoiceContext) -> Tensor:
         position = lattice.position
-        return round_up_where(lattice, evidence.normal(position).mul_(self.sigma).add_(position) > 0.5)
+        return round_up_where(lattice, context.normal(position).mul_(self.sigma).add_(position) > 0.5)

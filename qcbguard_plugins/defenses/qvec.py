@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from qcbguard_plugins.defenses.base import Defense, Evidence, register_defense, require_range, round_up_where
+from qcbguard_plugins.defenses.base import ChoiceContext, Defense, register_defense, require_range, round_up_where
 from qcbguard_plugins.grids.base import Lattice
 
 
@@ -27,7 +27,7 @@ class QVec(Defense):
     def __post_init__(self) -> None:
         require_range(self.strength, 0.0, 1.0, "qvec: strength")
 
-    def choose(self, lattice: Lattice, evidence: Evidence) -> Tensor:
+    def choose(self, lattice: Lattice, context: ChoiceContext) -> Tensor:
         position = lattice.position
         stepped = position + self.strength * (position - lattice.upper_is_nearest.float())
         return round_up_where(lattice, stepped > 0.5)

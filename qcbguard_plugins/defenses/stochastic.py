@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
-from qcbguard_plugins.defenses.base import Defense, Evidence, register_defense, round_up_where
+from qcbguard_plugins.defenses.base import ChoiceContext, Defense, register_defense, round_up_where
 from qcbguard_plugins.grids.base import Lattice
 
 
@@ -22,6 +23,9 @@ class Stochastic(Defense):
         Gupta et al., Deep Learning with Limited Numerical Precision, arXiv 1502.02551, section 3.1.
     """
 
-    def choose(self, lattice: Lattice, evidence: Evidence) -> Tensor:
+    is_random: ClassVar[bool] = True
+    is_stochastic_rounding: ClassVar[bool] = True
+
+    def choose(self, lattice: Lattice, context: ChoiceContext) -> Tensor:
         position = lattice.position
-        return round_up_where(lattice, position > evidence.draws(position))
+        return round_up_where(lattice, position > context.draws(position))

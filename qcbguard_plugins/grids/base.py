@@ -94,7 +94,7 @@ class Lattice:
         values = self.grid.level_values(codes).mul_(self.scale)
         return values if self.offset is None else values.add_(self.offset)
 
-    def place(self, codes: Tensor) -> Tensor:
+    def weights_for(self, codes: Tensor) -> Tensor:
         """Weights that the quantizer rounds to ``codes``: float32 ``[num_blocks, block_size]``.
 
         They are the grid points, unless the quantizer divides by another scale than it stores; then they are the
@@ -120,7 +120,7 @@ class Lattice:
 
 
 @dataclass(frozen=True)
-class Ladder:
+class CoordinateTable:
     """How a grid turns values in units of the scale into coordinates, in numbers.
 
     Attributes:
@@ -141,12 +141,22 @@ class Grid(ABC):
         name: The format as users spell it.
         levels: float32 ``[num_levels]``, sorted, at most 256.
         searched: True where the quantizer searches for its scales, so that nothing but the quantizer itself can say
-            whether a choice lands.
+            whether it stores a choice.
+        stores_scales: True where what the quantizer stores for scales and offsets belongs to the plan, beside the
+            codes: for GGUF types.
+        in_segments: True where blocks stand alone, so that a weight can be guarded, and its stock quantizer asked,
+            piece by piece.
+        bytes_per_weight: Memory that guarding takes for each weight, besides the weight itself; measured.
+        fallback: The format that the stock tool takes where this one does not fit; empty for none.
     """
 
     name: str
     levels: Tensor
     searched: bool = False
+    stores_scales: bool = False
+    in_segments: bool = False
+    bytes_per_weight: float = 2.0
+    fallback: str = ""
 
     @property
     def num_levels(self) -> int:
@@ -156,11 +166,32 @@ class Grid(ABC):
     def block_size_of(self, shape: tuple[int, int]) -> int:
         """Number of weights that share a scale in a weight of this shape."""
 
+    def fits(self, shape: tuple[int, int]) -> str:
+        """Why blocks cannot be cut from a weight of this shape; empty where they can."""
+        return ""
+
+    def of_matrix(self, index: int) -> Grid:
+        """The grid of one matrix of a stack: another one only where an importance matrix has a row for each."""
+        return self
+
+    def probe(self) -> Grid:
+        """The same grid for random weights that time it, whatever is stored for them."""
+        return self
+
+    def matrix_of(self, run: Tensor, num_columns: int) -> Tensor:
+        """Lay whole blocks out as a matrix that the stock quantizer stores as it does the whole weight.
+
+        Args:
+            run: Flat, whole blocks of a weight.
+            num_columns: Its ``in_features``.
+        """
+        return run.view(-1, num_columns)
+
     @abstractmethod
     def read(self, weight: Tensor) -> Tensor:
         """The weight as the quantizer reads it, as float32 in the same shape."""
 
-    def settle(self, blocks: Tensor) -> Tensor:
+    def move_scale_holders(self, blocks: Tensor) -> Tensor:
         """Weights whose scale holders sit where the quantizer can store them without an error, if it can at all.
 
         Args:
@@ -171,7 +202,7 @@ class Grid(ABC):
         """
         return blocks
 
-    def holders(self, blocks: Tensor) -> Tensor:
+    def scale_holders(self, blocks: Tensor) -> Tensor:
         """Bool ``[num_blocks, block_size]``, the weights that fix the scales of float32 blocks."""
         magnitudes = blocks.abs()
         return magnitudes == magnitudes.amax(dim=1, keepdim=True)
@@ -192,7 +223,7 @@ class Grid(ABC):
 
     @property
     @abstractmethod
-    def ladder(self) -> Ladder:
+    def coordinate_table(self) -> CoordinateTable:
         """:meth:`coordinate` for a compiled kernel."""
 
     @abstractmethod
@@ -201,6 +232,11 @@ class Grid(ABC):
 
         Bit-faithful to the quantizer, ties included.
         """
+
+    def stored_values(self, weight: Tensor) -> Tensor:
+        """What the stock quantizer stores, dequantized: float32 in the weight's shape."""
+        lattice = self.lattice_of(weight)
+        return lattice.matrix(lattice.dequantize(lattice.nearest))
 
     def resolve_ties(self, blocks: Tensor, columns: Tensor) -> Tensor:
         """The stock quantizer's codes of single weights, for a grid whose lattices come without ``stock_codes``.
@@ -225,10 +261,10 @@ class Grid(ABC):
         return self.lattice(cut_blocks(self.read(weight), self.block_size_of(shape)), shape, weight.dtype)
 
     def planned_lattice_of(self, weight: Tensor) -> Lattice:
-        """The lattice that a guard chooses on: that of the weight with its scale holders settled."""
+        """The lattice that a guard chooses on: that of the weight with its scale holders moved."""
         shape = (weight.shape[0], weight.shape[1])
-        settled = self.settle(cut_blocks(weight, self.block_size_of(shape)))
-        return self.lattice(self.read(settled), shape, weight.dtype)
+        moved = self.move_scale_holders(cut_blocks(weight, self.block_size_of(shape)))
+        return self.lattice(self.read(moved), shape, weight.dtype)
 
 
 def ramp_coordinate(scaled: Tensor, segments: list[tuple[float, float]]) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qcbguard_plugins.errors import UsageError
-from qcbguard_plugins.grids.base import Grid, Ladder, Lattice, ramp_coordinate
+from qcbguard_plugins.grids.base import CoordinateTable, Grid, Lattice, ramp_coordinate
 
 # The values of bitsandbytes' tables, as float32. FP4 has two codes for zero; a level is a value, so it appears once.
 _NF4_LEVELS = (
@@ -60,6 +60,8 @@ class CodebookGrid(Grid):
         inverse_widths: float32 ``[num_levels - 1]``, one over their distances.
     """
 
+    in_segments = True
+
     def __init__(self, quant_type: str, block_size: int = 64) -> None:
         if block_size not in BLOCK_SIZES:
             raise UsageError(
@@ -78,6 +80,10 @@ class CodebookGrid(Grid):
 
     def block_size_of(self, shape: tuple[int, int]) -> int:
         return self.block_size
+
+    def matrix_of(self, run: Tensor, num_columns: int) -> Tensor:
+        # Blocks may cross rows.
+        return run.view(1, -1)
 
     def read(self, weight: Tensor) -> Tensor:
         return weight.float()
@@ -99,8 +105,8 @@ class CodebookGrid(Grid):
         return ramp_coordinate(scaled, self._segments)
 
     @property
-    def ladder(self) -> Ladder:
-        return Ladder(self.inverse_widths)
+    def coordinate_table(self) -> CoordinateTable:
+        return CoordinateTable(self.inverse_widths)
 
     def resolve_ties(self, blocks: Tensor, columns: Tensor) -> Tensor:
         scaled = blocks * blocks.abs().amax(dim=1, keepdim=True).clamp(min=_SMALLEST_DIVISOR).reciprocal()

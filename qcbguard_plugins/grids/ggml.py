@@ -10,17 +10,18 @@ References:
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeGuard
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qcbguard_plugins.grids.base import Grid, Ladder, Lattice, cut_blocks, ramp_coordinate
+from qcbguard_plugins.grids.base import CoordinateTable, Grid, Lattice, cut_blocks, ramp_coordinate
 from qcbguard_plugins.grids.ggml_blocks import IQ4_LEVELS, BlockType, StoredBlocks
 
 
@@ -35,6 +36,10 @@ class Quantizer(Protocol):
         """True while something else answers in the real quantizer's place, which it stops to do once it was wrong."""
         ...
 
+    def real(self) -> Quantizer:
+        """The real quantizer, in whose place nothing else answers."""
+        ...
+
 
 @dataclass(frozen=True)
 class GuardedRun:
@@ -44,7 +49,7 @@ class GuardedRun:
         packed_rows: What the quantizer stores for them; see :func:`qcbguard_plugins.rounding.guarded_weight.pack_rows`.
         num_moved: Weights whose code is not the nearest.
         num_frozen: Weights that have no choice.
-        num_landed: Weights that are stored as chosen.
+        num_as_planned: Weights that are stored as chosen.
         energy: Sum of the squared weights.
         lost_energy: That of blocks that hold a single value.
         change: Sum of the squared changes.
@@ -54,7 +59,7 @@ class GuardedRun:
     packed_rows: NDArray[np.uint8]
     num_moved: int
     num_frozen: int
-    num_landed: int
+    num_as_planned: int
     energy: float
     lost_energy: float
     change: float
@@ -64,7 +69,7 @@ class GuardedRun:
 class Kernels(Protocol):
     """What this module and :mod:`qcbguard_plugins.rounding.search_steps` do in torch, compiled."""
 
-    def place(self, grid: GgmlGrid, blocks: Tensor, stored: StoredBlocks, /) -> tuple[Tensor, Tensor]:
+    def coordinates(self, grid: GgmlGrid, blocks: Tensor, stored: StoredBlocks, /) -> tuple[Tensor, Tensor]:
         """The coordinates of weights on scales that a search has found, and which of them are frozen."""
         ...
 
@@ -92,7 +97,7 @@ class Kernels(Protocol):
         """See :func:`qcbguard_plugins.rounding.search_steps.correct`."""
         ...
 
-    def choose_points(self, lattice: Lattice, chosen: Tensor, /) -> tuple[Tensor, Tensor, int, int]:
+    def choose_points(self, grid: GgmlGrid, lattice: Lattice, chosen: Tensor, /) -> tuple[Tensor, Tensor, int, int]:
         """See :func:`qcbguard_plugins.rounding.search_steps.choose_points`."""
         ...
 
@@ -109,6 +114,10 @@ class Kernels(Protocol):
         ...
 
 
+#: Share of a tensor's codes that must be stored as chosen, unless the user says otherwise.
+MIN_AS_PLANNED = 0.98
+
+
 class GgmlGrid(Grid):
     """A GGUF type.
 
@@ -116,17 +125,30 @@ class GgmlGrid(Grid):
         block_type: The type.
         outtype: Dtype of the GGUF file that ``llama-quantize`` reads, which the weight is cast to first.
         kernels: Compiled forms of what is done in torch otherwise, where there are any.
-        min_landed: Share of a tensor's codes that must land; below it the tensor counts as unguardable.
+        min_as_planned: Share of a tensor's codes that must be stored as chosen; below it the tensor counts as
+            unguardable.
+        importance: float32 ``[in_features]``, the importance matrix of the tensor, or ``[num_matrices, in_features]``
+            for a stack of them; ``None`` without one.
     """
 
-    min_landed: float = 0.98
+    stores_scales = True
+    # A type is searched with several float32 copies.
+    bytes_per_weight = 10.0
+    importance: Tensor | None = None
 
     def __init__(
-        self, block_type: BlockType, outtype: torch.dtype = torch.float32, kernels: Kernels | None = None
+        self,
+        block_type: BlockType,
+        outtype: torch.dtype = torch.float32,
+        kernels: Kernels | None = None,
+        *,
+        min_as_planned: float = MIN_AS_PLANNED,
     ) -> None:
         self.block_type = block_type
         self.outtype = outtype
         self.kernels = kernels
+        self.min_as_planned = min_as_planned
+        self.fallback = f"gguf:{block_type.fallback}" if block_type.fallback else ""
         self.name = f"gguf:{block_type.name}"
         self.levels = torch.tensor(block_type.levels, dtype=torch.float32)
         widths = self.levels.diff()
@@ -137,6 +159,10 @@ class GgmlGrid(Grid):
     def block_size_of(self, shape: tuple[int, int]) -> int:
         return self.block_type.sub_block_size
 
+    def fits(self, shape: tuple[int, int]) -> str:
+        size = self.block_type.block_size
+        return f"in_features={shape[1]}, block_size={size}" if shape[1] % size else ""
+
     def read(self, weight: Tensor) -> Tensor:
         return weight.to(self.outtype).float()
 
@@ -146,10 +172,15 @@ class GgmlGrid(Grid):
         return (scaled - self.levels[0].item()).clamp_(self.lowest_code, self.num_levels - 1)
 
     @property
-    def ladder(self) -> Ladder:
+    def coordinate_table(self) -> CoordinateTable:
         if self.block_type.levels == IQ4_LEVELS:
-            return Ladder(1.0 / self.levels.diff())
-        return Ladder(shift=self.levels[0].item(), lowest=self.lowest_code)
+            return CoordinateTable(1.0 / self.levels.diff())
+        return CoordinateTable(shift=self.levels[0].item(), lowest=self.lowest_code)
+
+    def probe(self) -> Grid:
+        probe = copy.copy(self)
+        probe.importance, probe.min_as_planned = None, 0.0
+        return probe
 
     @abstractmethod
     def stored(self, weight: Tensor) -> StoredBlocks:
@@ -160,12 +191,24 @@ class GgmlGrid(Grid):
         """Whether something else answers in the real quantizer's place, which it stops to do once it was wrong."""
         return False
 
+    def asked_directly(self) -> GgmlGrid:
+        """The same grid with the real quantizer behind it."""
+        return self
+
     def quantize(self, weight: Tensor) -> Tensor:
         return self.stored(weight).codes.view(weight.shape)
+
+    def stored_values(self, weight: Tensor) -> Tensor:
+        return self.values(self.stored(weight)).view(weight.shape)
 
     def values(self, stored: StoredBlocks) -> Tensor:
         """Dequantize: float32 ``[num_sub_blocks, sub_block_size]``, bit-equal to ggml's."""
         return self.level_values(stored.codes).mul_(stored.scale).add_(stored.offset)
+
+
+def is_ggml(grid: Grid) -> TypeGuard[GgmlGrid]:
+    """True for a GGUF type: the grids that store scales of their own rounding."""
+    return grid.stores_scales
 
 
 class FormulaGrid(GgmlGrid):
@@ -224,11 +267,7 @@ class FormulaGrid(GgmlGrid):
 
 
 class SearchedGrid(GgmlGrid):
-    """A type whose scales the quantizer searches for, in blocks or, with an importance matrix, in rows.
-
-    Attributes:
-        importance: float32 ``[in_features]``, the importance matrix of the tensor, or ``None``.
-    """
+    """A type whose scales the quantizer searches for, in blocks or, with an importance matrix, in rows."""
 
     searched = True
 
@@ -239,19 +278,29 @@ class SearchedGrid(GgmlGrid):
         outtype: torch.dtype = torch.float32,
         importance: Tensor | None = None,
         kernels: Kernels | None = None,
+        *,
+        min_as_planned: float = MIN_AS_PLANNED,
     ) -> None:
-        super().__init__(block_type, outtype, kernels)
+        super().__init__(block_type, outtype, kernels, min_as_planned=min_as_planned)
         self.quantizer = quantizer
         self.importance = importance
+
+    def of_matrix(self, index: int) -> Grid:
+        if self.importance is None or self.importance.dim() == 1:
+            return self
+        return self._with(self.quantizer, self.importance[index])
 
     @property
     def is_restated(self) -> bool:
         return self.quantizer.is_restated(self.block_type)
 
+    def asked_directly(self) -> GgmlGrid:
+        return self._with(self.quantizer.real(), self.importance)
+
     def lattice(self, blocks: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Lattice:
         stored = self.stored(blocks.reshape(-1, shape[1]))
         if self.kernels is not None and blocks.device.type == "cpu":
-            coordinate, frozen = self.kernels.place(self, blocks, stored)
+            coordinate, frozen = self.kernels.coordinates(self, blocks, stored)
             return Lattice(self, blocks, stored.scale, coordinate, frozen, shape, stored.offset, stored.codes)
         inverse = torch.where(stored.scale != 0, stored.scale.reciprocal(), torch.zeros_like(stored.scale))
         coordinate = self.coordinate((blocks - stored.offset) * inverse)
@@ -265,3 +314,8 @@ class SearchedGrid(GgmlGrid):
 
     def stored(self, weight: Tensor) -> StoredBlocks:
         return self.quantizer(self.block_type, self.read(weight), self.importance)
+
+    def _with(self, quantizer: Quantizer, importance: Tensor | None) -> SearchedGrid:
+        return SearchedGrid(
+            self.block_type, quantizer, self.outtype, importance, self.kernels, min_as_planned=self.min_as_planned
+        )

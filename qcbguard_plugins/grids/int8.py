@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qcbguard_plugins.grids.base import Grid, Ladder, Lattice
+from qcbguard_plugins.grids.base import CoordinateTable, Grid, Lattice
 
 _MAX_CODE = 127
 # bitsandbytes dequantizes with this float32 constant and not with a division.
@@ -24,12 +24,19 @@ class Int8Grid(Grid):
     """LLM.int8 weights. The outlier threshold concerns activations and never the stored codes."""
 
     name = "int8"
+    in_segments = True
+
+    midpoints = inverse_widths = torch.empty(0)
 
     def __init__(self) -> None:
         self.levels = torch.arange(-_MAX_CODE, _MAX_CODE + 1, dtype=torch.float32)
 
     def block_size_of(self, shape: tuple[int, int]) -> int:
         return shape[1]
+
+    def smallest_absmax(self, dtype: torch.dtype) -> float:
+        """Below this row maximum a grid point may leave its cell when it is read."""
+        return SMALLEST_ABSMAX
 
     def read(self, weight: Tensor) -> Tensor:
         return weight.half().float()
@@ -46,8 +53,8 @@ class Int8Grid(Grid):
         return (scaled + _MAX_CODE).clamp_(0, 2 * _MAX_CODE)
 
     @property
-    def ladder(self) -> Ladder:
-        return Ladder(shift=-_MAX_CODE)
+    def coordinate_table(self) -> CoordinateTable:
+        return CoordinateTable(shift=-_MAX_CODE)
 
     def resolve_ties(self, blocks: Tensor, columns: Tensor) -> Tensor:
         scaled = blocks * (_MAX_CODE / blocks.abs().amax(dim=1, keepdim=True))

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from qcbguard_plugins.errors import UsageError
-from qcbguard_plugins.grids.base import Grid, Ladder, Lattice, cut_blocks
+from qcbguard_plugins.grids.base import CoordinateTable, Grid, Lattice, cut_blocks
 
 WHOLE_TENSOR = -1
 """As a group size: one scale for all weights."""
 
 # Of rounding the ends to the stored dtype, and of what that does to the scale and thereby to the ends.
-_SETTLING_ROUNDS = 4
+_MOVING_ROUNDS = 4
 # A grid point must stay within its cell, half a step wide on each side, when it is rounded to the stored dtype.
 _MAX_ROUNDING = 0.49
 
@@ -93,14 +93,20 @@ class IntegerGrid(Grid):
             return shape[1]
         if self.group_size == WHOLE_TENSOR:
             return shape[0] * shape[1]
-        if shape[1] % self.group_size:
-            raise UsageError(f"{self.name} takes rows of a multiple of {self.group_size}, not {shape[1]}")
+        if problem := self.fits(shape):
+            raise UsageError(f"{self.name} does not fit a weight of {problem}")
         return self.group_size
+
+    def fits(self, shape: tuple[int, int]) -> str:
+        size = self.group_size
+        if size in (None, WHOLE_TENSOR) or not shape[1] % size:
+            return ""
+        return f"in_features={shape[1]}, group_size={size}"
 
     def read(self, weight: Tensor) -> Tensor:
         return weight.float()
 
-    def settle(self, blocks: Tensor) -> Tensor:
+    def move_scale_holders(self, blocks: Tensor) -> Tensor:
         """Move the ends of each group onto the grid, where it has no levels there but could: without symmetry.
 
         Both move by the same fraction of a step, that by which the zero point was rounded, so the step stays. A stock
@@ -111,13 +117,13 @@ class IntegerGrid(Grid):
         values = blocks.float()
         low, high = group_ends(values)
         at_low, at_high = (values == low) & (low < 0), (values == high) & (high > 0)
-        for _ in range(_SETTLING_ROUNDS):
+        for _ in range(_MOVING_ROUNDS):
             scale, zero_point = self._scale(low.to(blocks.dtype), high.to(blocks.dtype))
             low = (-zero_point * scale).to(blocks.dtype).float()
             high = ((self.num_levels - 1 - zero_point) * scale).to(blocks.dtype).float()
         # One end moves inwards, and what it passes comes along.
-        settled = torch.where(at_low, low, torch.where(at_high, high, values.clamp(low, high)))
-        return settled.to(blocks.dtype)
+        moved = torch.where(at_low, low, torch.where(at_high, high, values.clamp(low, high)))
+        return moved.to(blocks.dtype)
 
     def lattice(self, blocks: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Lattice:
         scale, zero_point, frozen = self._parameters(blocks, dtype)
@@ -134,17 +140,17 @@ class IntegerGrid(Grid):
             stock_codes=self._codes(blocks, scale, zero_point, dtype),
         )
 
-    def holders(self, blocks: Tensor) -> Tensor:
+    def scale_holders(self, blocks: Tensor) -> Tensor:
         return self._parameters(blocks, torch.float32)[2]
 
     def coordinate(self, scaled: Tensor) -> Tensor:
         # The lowest of an even number of symmetric levels lies beyond the holders: a weight there would become one.
-        return scaled.clamp(self.ladder.lowest, self.num_levels - 1)
+        return scaled.clamp(self.coordinate_table.lowest, self.num_levels - 1)
 
     @property
-    def ladder(self) -> Ladder:
+    def coordinate_table(self) -> CoordinateTable:
         beyond = self.span is Span.SYMMETRIC and self.num_levels % 2 == 0
-        return Ladder(lowest=1.0 if beyond else 0.0)
+        return CoordinateTable(lowest=1.0 if beyond else 0.0)
 
     def quantize(self, weight: Tensor) -> Tensor:
         blocks = cut_blocks(self.read(weight), self.block_size_of((weight.shape[0], weight.shape[1])))

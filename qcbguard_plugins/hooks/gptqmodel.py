@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import os
+import time
 from typing import Any
 
 from qcbguard_plugins.backends.gptq.stock import grid_of
-from qcbguard_plugins.checkpoint.manifest import TensorRecord
+from qcbguard_plugins.checkpoint.manifest import GuardReport
 from qcbguard_plugins.defenses import Defense
 from qcbguard_plugins.errors import UnguardableError
-from qcbguard_plugins.models.calibration import calibration_tokens
-from qcbguard_plugins.models.layers import block_layers
-from qcbguard_plugins.pipeline.model import guard_layers, record_of
+from qcbguard_plugins.models.layers import block_layers, target_of
+from qcbguard_plugins.pipeline.calibrated import tokens_for
+from qcbguard_plugins.pipeline.model import guard_planned_model
+from qcbguard_plugins.pipeline.plan import Plan
 from qcbguard_plugins.pipeline.settings import Guard, as_guard
-from qcbguard_plugins.pipeline.target import Layer
 
 # With fewer, GPTQModel divides its own pool of workers into nothing and stops.
 _MIN_WORKERS = 2
 
 
-def guard_gptq_model(
-    model: Any, guard: Guard | Defense | str = "feedback", *, tokenizer: Any = None
-) -> list[TensorRecord]:
+def guard_gptq_model(model: Any, guard: Guard | Defense | str = "feedback", *, tokenizer: Any = None) -> GuardReport:
     """Guard a model that ``GPTQModel.load`` returned, in place, before its ``quantize``.
 
     A guarded folder (``qcbguard guard MODEL --for gptq-w4g128 --out GUARDED``) that is loaded instead needs none of
@@ -33,12 +32,13 @@ def guard_gptq_model(
         tokenizer: The model's tokenizer, for calibration from text.
 
     Returns:
-        A record for each guarded tensor.
+        The report; the codes that GPTQModel's grid gives the guarded weights have been compared with the plan.
 
     Raises:
         UnguardableError: GPTQModel would read the weights from the checkpoint again and lose the guard, which it does
             unless ``offload_to_disk=False``; or a weight cannot be guarded.
     """
+    started = time.monotonic()
     settings = model.quantize_config
     if getattr(settings, "offload_to_disk", True):
         raise UnguardableError(
@@ -56,15 +56,12 @@ def guard_gptq_model(
         )
     grouped_order = settings.desc_act and not getattr(settings, "static_groups", False)
     grid = grid_of(settings.bits, settings.group_size, settings.sym, grouped_order)
-    guard = as_guard(guard).with_seed()
-    layers = {name: Layer(transposed) for name, transposed in block_layers(inner).items()}
-    tokens = None
-    if guard.method.needs_calibration:
-        tokens = calibration_tokens(guard.calibration, inner.config, tokenizer)
-    return [
-        record_of(guarded, name=f"{name}.weight", transposed=layers[name].transposed)
-        for name, guarded in guard_layers(inner.eval(), layers, grid, guard, tokens)
-    ]
+    requested = as_guard(guard).with_seed()
+    layers = block_layers(inner).items()
+    targets = tuple(target_of(inner, name, grid, transposed=transposed) for name, transposed in layers)
+    plan = Plan(str(inner.config.name_or_path) or type(inner).__name__, (grid.name,), targets)
+    tokens = tokens_for(requested, inner.config, tokenizer)
+    return guard_planned_model(inner.eval(), plan, requested, tokens, started)
 
 
 def let_gptqmodel_run_on_few_cores() -> None:

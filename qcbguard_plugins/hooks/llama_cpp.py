@@ -11,8 +11,10 @@ import runpy
 import secrets
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,11 +22,14 @@ import numpy as np
 import torch
 
 from qcbguard_plugins.checkpoint.gguf_reader import open_gguf
-from qcbguard_plugins.checkpoint.manifest import GuardReport
+from qcbguard_plugins.checkpoint.manifest import GuardReport, TensorRecord
 from qcbguard_plugins.checkpoint.provenance import GGUF_PROVENANCE_KEY
 from qcbguard_plugins.errors import CheckpointError, TargetExistsError, UsageError
-from qcbguard_plugins.pipeline.gguf_guard import GgufRun, report_bytes, require_data_free
+from qcbguard_plugins.models.target import Target
+from qcbguard_plugins.pipeline.gguf_guard import report_bytes, require_data_free
 from qcbguard_plugins.pipeline.gguf_plan import GgufPlan
+from qcbguard_plugins.pipeline.guard_target import guard_target
+from qcbguard_plugins.pipeline.report import report_of
 from qcbguard_plugins.pipeline.settings import Guard
 
 
@@ -92,8 +97,10 @@ class _Hook:
     """Follows one writer from its header to its last tensor."""
 
     def __init__(self, make_plan: Callable[[Path], GgufPlan], guard: Guard) -> None:
-        self.make_plan, self.guard = make_plan, guard
-        self.run: GgufRun | None = None
+        self.make_plan, self.guard = make_plan, guard.with_seed()
+        self.plan: GgufPlan | None = None
+        self.records: list[TensorRecord] = []
+        self.started = time.monotonic()
         self.target: Path | None = None
         self.partial: Path | None = None
         self.report: GuardReport | None = None
@@ -158,32 +165,32 @@ class _Hook:
             num_bytes = sum(info.nbytes + 64 for info in writer.tensors[0].values())
             with skeleton.open("r+b") as stream:
                 stream.truncate(skeleton.stat().st_size + num_bytes)
-            self.run = GgufRun(self.make_plan(skeleton), self.guard)
+            self.plan = self.make_plan(skeleton)
         finally:
             skeleton.unlink(missing_ok=True)
-        for name in self.run.plan.types:
-            info = writer.tensors[0][name]
-            info.tensor = _Due(info.tensor, info.nbytes, self._guarded(self.run, name))
+        for target in self.plan.targets:
+            info = writer.tensors[0][target.name]
+            info.tensor = _Due(info.tensor, info.nbytes, self._guarded(self.plan, target))
 
-    def _guarded(self, run: GgufRun, name: str) -> Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]:
-        tensor = run.plan.file.tensors[name]
-        dtype = tensor.dtype
-        assert dtype is not None, "the plan has full-precision tensors only"
+    def _guarded(self, plan: GgufPlan, target: Target) -> Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]:
+        shape = plan.file.tensors[target.name].shape
 
         def guarded(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
             raw = torch.from_numpy(np.ascontiguousarray(values).view(np.uint8).reshape(-1).copy())
-            weight, run.records[name] = run.guard_tensor(tensor, raw.view(dtype).view(tensor.shape))
+            stored = raw.view(target.dtype).view(shape)
+            weight, record = guard_target(target, stored, self.guard, overwrite=True)
+            self.records.append(record)
             return weight.contiguous().view(-1).view(torch.uint8).numpy()
 
         return guarded
 
     def finish(self) -> None:
         """Write the report into the room reserved for it, and give the file its name."""
-        if self.partial is None or self.target is None or self.run is None:
+        if self.partial is None or self.target is None or self.plan is None:
             return
-        report = self.run.report().model_copy(update={"source": self.target.name})
+        report = report_of(replace(self.plan, source=self.target.name), self.guard, self.records, self.started)
         _, end = open_gguf(self.partial).spans[GGUF_PROVENANCE_KEY]
-        room = report_bytes(self.run.plan.file.tensors)
+        room = report_bytes(self.plan.file.tensors)
         with self.partial.open("r+b") as file:
             file.seek(end - room)
             file.write(report.model_dump_json().encode().ljust(room))

@@ -71,14 +71,14 @@ class GuardCost(Record):
     Attributes:
         share_moved: Share of the codes that differ from plain rounding.
         relative_change: ``|W' - W| / |W|``, mean over the guarded weights.
-        share_landed: Share of the codes stored as chosen, where the quantizer searches for its scales.
+        share_as_planned: Share of the codes stored as chosen, where the quantizer searches for its scales.
         elapsed_s: Seconds of the whole pipeline, verification included.
         peak_bytes: Memory added to the process at its peak; ``None`` where the system does not tell.
     """
 
     share_moved: float = Field(ge=0, le=1)
     relative_change: float = Field(ge=0)
-    share_landed: float | None
+    share_as_planned: float | None
     elapsed_s: float = Field(ge=0)
     peak_bytes: int | None
 
@@ -205,7 +205,7 @@ def _guard(model_dir: Path, guarded_dir: Path, format: str, guard: Guard) -> Gua
     return GuardCost(
         share_moved=report.share_moved,
         relative_change=change,
-        share_landed=report.share_landed,
+        share_as_planned=report.share_as_planned,
         elapsed_s=time.monotonic() - start,
         peak_bytes=peak_bytes,
     )

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 
-from qcbguard_plugins.grids.ggml import GgmlGrid
 from qcbguard_plugins.lab.metrics import use_exact_forward
 
 if TYPE_CHECKING:
@@ -40,12 +39,13 @@ def load_as(model_dir: Path, format: str) -> PreTrainedModel:
 
 def _load_as_bitsandbytes(model_dir: Path, format: str) -> PreTrainedModel:
     from qcbguard_plugins.backends.bitsandbytes.stock import config_for, silence_notices
+    from qcbguard_plugins.backends.formats import get_grid
     from qcbguard_plugins.models.skeleton import load_config, model_class
 
     silence_notices()
     model: PreTrainedModel = model_class(load_config(model_dir)).from_pretrained(
         model_dir,
-        quantization_config=config_for(format),
+        quantization_config=config_for(get_grid(format)),
         dtype=torch.float32,
         use_safetensors=True,
         local_files_only=True,
@@ -62,10 +62,9 @@ def _load_as_gguf(model_dir: Path, format: str) -> PreTrainedModel:
     plan = make_plan(model_dir, format)
     model = load_full_precision(model_dir, torch.float32)
     for target in plan.targets:
-        (grid,) = plan.grids(target)
-        ggml = cast(GgmlGrid, grid)
+        (grid,) = target.grids
         weight = model.get_parameter(target.name).data
         matrix = (weight.T if target.transposed else weight).contiguous()
-        stored = ggml.values(ggml.stored(matrix)).reshape(-1)[: matrix.numel()].view_as(matrix)
+        stored = grid.stored_values(matrix)
         weight.copy_(stored.T if target.transposed else stored)
     return model

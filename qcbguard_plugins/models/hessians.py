@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from qcbguard_plugins._util.distributed import ALONE, Team
+from qcbguard_plugins._util.distributed import SINGLE_PROCESS, ProcessGroup
 from qcbguard_plugins.errors import CalibrationError
 
 _MAX_BATCH = 8
@@ -73,7 +73,7 @@ def gather_hessians(
     *,
     skip: Collection[str] = (),
     weights: Weights | None = None,
-    team: Team = ALONE,
+    group: ProcessGroup = SINGLE_PROCESS,
 ) -> Iterator[dict[str, Tensor]]:
     """Yield the Hessians of the named layers, a block at a time.
 
@@ -85,7 +85,7 @@ def gather_hessians(
         names: Dotted names of linear layers.
         skip: Those whose Hessians nobody wants; the same in all processes.
         weights: Where the model's weights are; in memory by default.
-        team: The processes that share the sequences; each of them takes every step.
+        group: The processes that share the sequences; each of them takes every step.
 
     Yields:
         For each block, and first for layers outside all blocks: float32 ``x^T x`` ``[in_features, in_features]`` by
@@ -99,7 +99,7 @@ def gather_hessians(
     block_names = [set(_names_inside(model, block, names)) for block in blocks]
     outside = sorted(set(names).difference(*block_names, skip))
     weights = weights or WeightsInMemory(model)
-    batches = _Batches(torch.split(tokens, _batch_size(tokens.shape[0])), team)
+    batches = _Batches(torch.split(tokens, _batch_size(tokens.shape[0])), group)
     captured = _capture(model, blocks, batches.mine)
     if outside:
         yield batches.add_up(model, outside, lambda i: model(input_ids=batches.mine[i], use_cache=False))
@@ -241,9 +241,9 @@ class _Batches:
         mine: The batches of this process.
     """
 
-    def __init__(self, batches: Sequence[Tensor], team: Team) -> None:
-        self._count, self._team = len(batches), team
-        self.mine = batches[team.rank :: team.size]
+    def __init__(self, batches: Sequence[Tensor], group: ProcessGroup) -> None:
+        self._count, self._group = len(batches), group
+        self.mine = batches[group.rank :: group.world_size]
 
     def add_up(self, model: nn.Module, names: list[str], run: Callable[[int], Any]) -> dict[str, Tensor]:
         """The Hessians of some layers over all batches.
@@ -257,11 +257,11 @@ class _Batches:
             CalibrationError: A layer saw no input.
         """
         total = _Sums()
-        for turn in range(-(-self._count // self._team.size)):
+        for turn in range(-(-self._count // self._group.world_size)):
             own = _sums_of(model, names, functools.partial(run, turn)) if turn < len(self.mine) else _Sums()
-            for rank in range(min(self._team.size, self._count - turn * self._team.size)):
-                source_of = self._team.first(own.source_of, rank)
-                total.add(_Sums(self._team.send(own.by_source, rank), source_of))
+            for rank in range(min(self._group.world_size, self._count - turn * self._group.world_size)):
+                source_of = self._group.broadcast(own.source_of, rank)
+                total.add(_Sums(self._group.broadcast_tensors(own.by_source, rank), source_of))
         found = {name: total.of(name) for name in names}
         missing = [name for name, hessian in found.items() if hessian is None]
         if missing:

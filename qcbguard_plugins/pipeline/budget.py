@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
-from qcbguard_plugins.defenses.base import WholeModelDefense
-from qcbguard_plugins.grids.ggml import GgmlGrid
-from qcbguard_plugins.pipeline.segments import bytes_in_one_pass, goes_in_one_pass
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from qcbguard_plugins.checkpoint import TensorEntry
-    from qcbguard_plugins.checkpoint.gguf_reader import GgufTensor
-    from qcbguard_plugins.pipeline.plan import Plan
-    from qcbguard_plugins.pipeline.settings import Guard
-    from qcbguard_plugins.pipeline.target import Target
 from qcbguard_plugins._util.memory import budget_or_available, require_room, resident_bytes
+from qcbguard_plugins.checkpoint import TensorEntry
+from qcbguard_plugins.defenses.base import WholeModelDefense
+from qcbguard_plugins.models.target import Target
+from qcbguard_plugins.pipeline.plan import FolderPlan, Plan
+from qcbguard_plugins.pipeline.segments import bytes_in_segments, can_be_segmented
+from qcbguard_plugins.pipeline.settings import Guard
 
-# Bytes a weight that one tensor takes on its way, measured; benchmarks/memory.py compares them with real runs.
-# Data-free: its codes, and what the stock quantizer makes of it when it is verified.
-_ROUNDED = 2.0
-# A ggml type is searched with several float32 copies.
-_LANDED = 10.0
+# Bytes a weight that one tensor takes on its way, measured; the memory benchmark compares them with real runs. What a
+# data-free method takes is the grid's to say.
 # Error feedback: the weight, its grid, the draws and the best of them.
 _FED_BACK = 34.0
 # Bytes an entry of a Hessian: itself, and once more while batches are added; a copy in order and factors in float64.
@@ -49,7 +40,7 @@ class MemoryPlan:
     streamed: bool = False
 
 
-def plan_memory(plan: Plan, guard: Guard, budget_bytes: int | None = None) -> MemoryPlan:
+def plan_memory(plan: FolderPlan, guard: Guard, budget_bytes: int | None = None) -> MemoryPlan:
     """Decide how a checkpoint is guarded within a budget.
 
     Args:
@@ -62,12 +53,12 @@ def plan_memory(plan: Plan, guard: Guard, budget_bytes: int | None = None) -> Me
     """
     fixed = resident_bytes() + _SLACK_BYTES
     if not guard.method.needs_calibration:
-        largest = max(plan.targets, key=lambda target: _rounding_bytes(plan, target, guard))
-        peak = fixed + _rounding_bytes(plan, largest, guard)
+        largest = max(plan.targets, key=lambda target: _rounding_bytes(target, guard))
+        peak = fixed + _rounding_bytes(largest, guard)
         require_room(peak, budget_bytes, f"{largest.name} of {largest.num_weights} weights needs most")
         return MemoryPlan(peak)
     working = fixed + _MODEL_SLACK_BYTES + _calibration_bytes(plan, guard)
-    itemsize = model_dtype(plan).itemsize
+    itemsize = model_dtype(plan.targets).itemsize
     sizes = {key: entry_weights(entry) for key, entry in plan.checkpoint.tensors.items()}
     whole = working + sum(sizes.values()) * itemsize + round(guard.method.bytes_per_weight * plan.num_weights)
     if whole <= budget_or_available(budget_bytes) or isinstance(guard.method, WholeModelDefense):
@@ -79,45 +70,42 @@ def plan_memory(plan: Plan, guard: Guard, budget_bytes: int | None = None) -> Me
     return MemoryPlan(streamed, streamed=True)
 
 
-def require_room_for_gguf(targets: Sequence[GgufTensor], budget_bytes: int | None = None) -> int:
+def plan_gguf_memory(plan: Plan, budget_bytes: int | None = None) -> MemoryPlan:
     """Check that the largest tensor of a GGUF file can be guarded within a budget.
 
     Args:
-        targets: The tensors to guard.
+        plan: What to guard.
         budget_bytes: What the process may hold; by default what the machine has left.
-
-    Returns:
-        The peak of its resident memory, in bytes.
 
     Raises:
         MemoryBudgetError: It cannot.
     """
-    largest = max(targets, key=lambda tensor: tensor.num_weights)
-    matrix = largest.shape[-1] * largest.shape[-2]
+    largest = max(plan.targets, key=lambda target: target.num_weights)
     # Stacked experts are worked on one by one, and their outcomes wait for the last.
-    peak = resident_bytes() + _SLACK_BYTES + 2 * largest.num_bytes + round(_LANDED * matrix)
+    matrix = largest.num_weights // largest.num_matrices
+    stored = 2 * largest.dtype.itemsize * largest.num_weights
+    peak = resident_bytes() + _SLACK_BYTES + stored + round(largest.grids[0].bytes_per_weight * matrix)
     require_room(peak, budget_bytes, f"{largest.name} of {largest.num_weights} weights is guarded in one piece")
-    return peak
+    return MemoryPlan(peak)
 
 
-def model_dtype(plan: Plan) -> torch.dtype:
+def model_dtype(targets: Iterable[Target]) -> torch.dtype:
     """The dtype in which a model is run in full precision: one that holds all its targets."""
-    return functools.reduce(torch.promote_types, {target.dtype for target in plan.targets})
+    return functools.reduce(torch.promote_types, {target.dtype for target in targets})
 
 
-def _rounding_bytes(plan: Plan, target: Target, guard: Guard) -> int:
-    """One tensor that is guarded without calibration."""
-    grids = plan.grids(target)
-    if goes_in_one_pass(target, grids, guard):
-        return bytes_in_one_pass(target, grids[0])
-    stored, read = target.dtype.itemsize, target.read_dtype.itemsize
-    a_weight: float = stored + (read if target.read_dtype != target.dtype else 0)
-    a_weight += _LANDED if any(isinstance(grid, GgmlGrid) for grid in grids) else _ROUNDED
-    a_weight += stored * target.transposed + (len(grids) > 1) * (read + 8)
+def _rounding_bytes(target: Target, guard: Guard) -> int:
+    """One target that is guarded without calibration."""
+    if can_be_segmented(target, guard):
+        return bytes_in_segments(target)
+    stored, read = target.dtype.itemsize, (target.read_dtype or target.dtype).itemsize
+    a_weight: float = stored + (read if target.read_dtype not in (None, target.dtype) else 0)
+    a_weight += max(grid.bytes_per_weight for grid in target.grids)
+    a_weight += stored * target.transposed + (len(target.grids) > 1) * (read + 8)
     return round(a_weight * target.num_weights)
 
 
-def _calibration_bytes(plan: Plan, guard: Guard) -> int:
+def _calibration_bytes(plan: FolderPlan, guard: Guard) -> int:
     """Hidden states and the Hessians of a block, and what is larger: a batch on its way, or the weight worked on."""
     calibration = guard.calibration
     hidden = min(target.shape[1] for target in plan.targets)
@@ -127,7 +115,7 @@ def _calibration_bytes(plan: Plan, guard: Guard) -> int:
     batch = min(8, calibration.num_sequences) * calibration.sequence_length
     # The inputs of attention, of its output, of the MLP and of its output.
     entries = 3 * hidden**2 + widest**2
-    kept = tokens * hidden * model_dtype(plan).itemsize + _HESSIAN * entries
+    kept = tokens * hidden * model_dtype(plan.targets).itemsize + _HESSIAN * entries
     adding = batch * widest * 4 * 4 + _ADDED * entries
     return round(kept + max(adding, _FACTORS * widest**2 + 8 * largest, _FED_BACK * largest))
 

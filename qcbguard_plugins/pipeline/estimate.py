@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 
 from qcbguard_plugins._util.dtypes import dtype_name
-from qcbguard_plugins._util.records import Record
+from qcbguard_plugins._util.records import Record, Report
+from qcbguard_plugins.backends.formats import versions
 from qcbguard_plugins.defenses import Defense, Stochastic
 from qcbguard_plugins.grids import Grid
-from qcbguard_plugins.pipeline.budget import plan_memory
+from qcbguard_plugins.pipeline.budget import MemoryPlan
 from qcbguard_plugins.pipeline.plan import Plan
 from qcbguard_plugins.pipeline.settings import Guard
 from qcbguard_plugins.rounding.guard_weight import guard_weight
@@ -24,27 +27,38 @@ class PlannedTensor(Record):
     """One target tensor and what will be done to it.
 
     Attributes:
-        format: The format that it is guarded for, where that is not the run's.
+        name: Its name.
+        shape: ``[out_features, in_features]``, the matrices of a stack one below the other; ``None`` where ignored.
+        dtype: Dtype in which it is stored.
+        action: Whether it is guarded.
+        formats: The formats that it is guarded for.
     """
 
     name: str
     shape: tuple[int, int] | None = None
     dtype: str = ""
     action: Literal["guard", "ignore"]
-    format: str = ""
+    formats: tuple[str, ...] = ()
 
 
-class PlanReport(Record):
+class PlanReport(Report):
     """What a run would do.
 
     Attributes:
+        source: Name of what is guarded.
+        formats: The formats.
+        method: The defense.
+        tensors: All targets.
+        peak_bytes: Peak of the resident memory of a process.
+        streamed: Whether the model is read block by block.
+        estimated_s: Seconds that the run takes.
         types_from: Where the types of a GGUF recipe come from.
     """
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     kind: Literal["plan"] = "plan"
     source: str
-    format: str
+    formats: tuple[str, ...]
     method: str
     tensors: tuple[PlannedTensor, ...]
     peak_bytes: int
@@ -57,25 +71,40 @@ class PlanReport(Record):
         return sum(tensor.action == "guard" for tensor in self.tensors)
 
 
-def describe_plan(plan: Plan, guard: Guard, budget_bytes: int | None = None) -> PlanReport:
-    """Put a plan into a report, with its cost within a budget.
+def describe_plan(plan: Plan, guard: Guard, memory: Callable[[], MemoryPlan]) -> PlanReport:
+    """Put a plan into a report, with its cost.
 
-    See :func:`~qcbguard_plugins.pipeline.budget.plan_memory` for the budget.
+    Args:
+        plan: The plan.
+        guard: The method.
+        memory: What the run will hold, such as :func:`~qcbguard_plugins.pipeline.budget.plan_memory` says.
+
+    Raises:
+        MemoryBudgetError: It cannot be done within the budget.
     """
     guarded = [
-        PlannedTensor(name=t.name, shape=t.shape, dtype=dtype_name(t.dtype), action="guard") for t in plan.targets
+        PlannedTensor(
+            name=target.name,
+            shape=(target.num_matrices * target.shape[0], target.shape[1]),
+            dtype=dtype_name(target.dtype),
+            action="guard",
+            formats=target.formats,
+        )
+        for target in plan.targets
     ]
     ignored = [PlannedTensor(name=name, action="ignore") for name in plan.ignored]
-    calibrated = guard.method.needs_calibration
-    memory = plan_memory(plan, guard, budget_bytes)
+    planned = memory()
+    seconds = _calibrated_seconds if guard.method.needs_calibration else _rounding_seconds
     return PlanReport(
-        source=plan.checkpoint.path.resolve().name,
-        format=plan.format,
+        versions=versions(),
+        source=plan.source,
+        formats=plan.formats,
         method=guard.method.name,
         tensors=tuple(guarded + ignored),
-        peak_bytes=memory.peak_bytes,
-        streamed=memory.streamed,
-        estimated_s=_calibrated_seconds(plan, guard) if calibrated else _rounding_seconds(plan, guard.method),
+        peak_bytes=planned.peak_bytes,
+        streamed=planned.streamed,
+        estimated_s=seconds(plan, guard),
+        types_from=plan.facts.get("types_from", ""),
     )
 
 
@@ -85,12 +114,20 @@ def seconds_per_weight(grid: Grid, method: Defense, dtype: torch.dtype = torch.f
     for shape in (_WARM_UP_SHAPE, _PROBE_SHAPE):
         weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(dtype)
         start = time.perf_counter()
-        guard_weight(weight, grid, method, seed=0, name="probe")
+        guard_weight(weight, grid.probe(), method, seed=0, name="probe")
     return (time.perf_counter() - start) / weight.numel()
 
 
-def _rounding_seconds(plan: Plan, method: Defense) -> float:
-    return seconds_per_weight(plan.grids(plan.targets[0])[0], method) * plan.num_weights
+def _rounding_seconds(plan: Plan, guard: Guard) -> float:
+    """The time of a small weight on each grid and of each dtype, scaled to all that are like it."""
+    method = Stochastic() if guard.method.needs_calibration else guard.method
+    num_weights: Counter[tuple[str, torch.dtype]] = Counter()
+    grids: dict[str, Grid] = {}
+    for target in plan.targets:
+        grid = target.grids[0]
+        grids[grid.name] = grid
+        num_weights[grid.name, target.dtype] += target.num_weights
+    return sum(seconds_per_weight(grids[name], method, dtype) * count for (name, dtype), count in num_weights.items())
 
 
 def _calibrated_seconds(plan: Plan, guard: Guard) -> float:
@@ -104,4 +141,4 @@ def _calibrated_seconds(plan: Plan, guard: Guard) -> float:
     start = time.perf_counter()
     matrix @ matrix
     rate = 2 * _MATMUL_SIZE**3 / (time.perf_counter() - start)
-    return operations / rate + _rounding_seconds(plan, Stochastic())
+    return operations / rate + _rounding_seconds(plan, guard)

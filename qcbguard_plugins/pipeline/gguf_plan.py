@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from qcbguard_plugins.backends.ggml.backend import Ggml
 from qcbguard_plugins.backends.ggml.dry_run import dry_run_types
 from qcbguard_plugins.backends.ggml.imatrix import Imatrix, read_imatrix
 from qcbguard_plugins.backends.ggml.options import GgufOptions
@@ -13,49 +15,25 @@ from qcbguard_plugins.backends.ggml.recipes import ModelShape, predict_types, re
 from qcbguard_plugins.checkpoint.gguf_reader import GgufFile, GgufTensor, open_gguf
 from qcbguard_plugins.errors import CheckpointError, UnguardableError, UsageError
 from qcbguard_plugins.grids.ggml_blocks import BLOCK_TYPES
+from qcbguard_plugins.models.target import Target
 from qcbguard_plugins.pipeline.ignore import matching
+from qcbguard_plugins.pipeline.plan import Plan
 
 # llama-quantize keeps these as they are: no block fits, or the user said so.
 _UNQUANTIZED = ("F16", "BF16", "F32")
 
 
 @dataclass(frozen=True)
-class GgufPlan:
+class GgufPlan(Plan):
     """What a run will do to a GGUF file.
 
     Attributes:
         file: The source.
-        recipe: Full name of the recipe.
-        types: ggml type of every tensor that will be guarded, by name.
-        ignored: Target tensors that the user leaves unguarded.
-        imatrix: The importance matrix.
-        types_from: Where the types come from, for the record.
-        options: The user's options.
+        options: How the user quantizes.
     """
 
-    file: GgufFile
-    recipe: str
-    types: dict[str, str]
-    ignored: tuple[str, ...]
-    imatrix: Imatrix
-    types_from: str
-    options: GgufOptions = field(default_factory=GgufOptions)
-
-    @property
-    def targets(self) -> list[GgufTensor]:
-        return [tensor for name, tensor in self.file.tensors.items() if name in self.types]
-
-    @property
-    def num_weights(self) -> int:
-        return sum(tensor.num_weights for tensor in self.targets)
-
-    @property
-    def toolchain(self) -> dict[str, str]:
-        """What the plan depends on besides the file, for the record."""
-        facts = {"types_from": self.types_from}
-        if self.imatrix.digest:
-            facts["imatrix_sha256"] = self.imatrix.digest
-        return facts
+    file: GgufFile = field(kw_only=True)
+    options: GgufOptions = field(kw_only=True)
 
 
 def make_gguf_plan(
@@ -78,7 +56,6 @@ def make_gguf_plan(
     recipe = resolve_recipe(recipe)
     file = open_gguf(source)
     require_full_precision(file)
-    imatrix = Imatrix() if options.imatrix_path is None else read_imatrix(options.imatrix_path)
     types, types_from = types_of(file, recipe, options)
     if not types:
         raise UnguardableError(f"{file.path.name} has no tensor that llama-quantize would quantize to {recipe}")
@@ -93,7 +70,37 @@ def make_gguf_plan(
             details=problems,
             remedy="Leave them out with --ignore; they will be listed as unguarded and the run will exit 3.",
         )
-    return GgufPlan(file, recipe, types, tuple(sorted(ignored)), imatrix, types_from, options)
+    imatrix = Imatrix() if options.imatrix_path is None else read_imatrix(options.imatrix_path)
+    facts = {"types_from": types_from} | ({"imatrix_sha256": imatrix.digest} if imatrix.digest else {})
+    return GgufPlan(
+        source=file.path.name,
+        formats=(f"gguf:{recipe}",),
+        targets=tuple(
+            _target(tensor, types[name], imatrix, options) for name, tensor in file.tensors.items() if name in types
+        ),
+        ignored=tuple(sorted(ignored)),
+        backends=(Ggml(options),),
+        facts=facts,
+        file=file,
+        options=options,
+    )
+
+
+def _target(tensor: GgufTensor, type_name: str, imatrix: Imatrix, options: GgufOptions) -> Target:
+    assert tensor.dtype is not None, "the plan has full-precision tensors only"
+    *stack, rows, columns = tensor.shape
+    num_matrices = math.prod(stack)
+    importance = imatrix.of(tensor.name, num_matrices, columns)
+    if importance is not None and not stack:
+        importance = importance[0]
+    return Target(
+        name=tensor.name,
+        shape=(rows, columns),
+        dtype=tensor.dtype,
+        grids=(options.grid(type_name, outtype=tensor.dtype, importance=importance),),
+        key=tensor.name,
+        num_matrices=num_matrices,
+    )
 
 
 def require_full_precision(file: GgufFile) -> None:

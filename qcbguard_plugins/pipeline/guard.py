@@ -1,50 +1,48 @@
-"""Guard a checkpoint folder: plan, guard, verify, publish."""
+"""Guard a checkpoint folder or a GGUF file: plan, guard, verify, publish."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from torch import Tensor
-
-from qcbguard_plugins._util.distributed import ALONE, Team
+from qcbguard_plugins._util.distributed import SINGLE_PROCESS, ProcessGroup
 from qcbguard_plugins._util.progress import Progress
-from qcbguard_plugins._util.records import installed_versions, now
-from qcbguard_plugins.checkpoint import Checkpoint, Workspace, resumable_folder
-from qcbguard_plugins.checkpoint.manifest import MANIFEST_FILE, GuardReport, TensorRecord, TensorVerdict
+from qcbguard_plugins.backends.base import Backend
+from qcbguard_plugins.backends.formats import versions
+from qcbguard_plugins.checkpoint import resumable_folder
+from qcbguard_plugins.checkpoint.manifest import GuardReport, TensorRecord, TensorVerdict, write_manifest
 from qcbguard_plugins.checkpoint.purification_note import note_purification
+from qcbguard_plugins.checkpoint.staging import Staging
 from qcbguard_plugins.defenses import Defense
-from qcbguard_plugins.grids import Grid
-from qcbguard_plugins.models.calibration import calibration_tokens
 from qcbguard_plugins.models.hessians import Weights, WeightsInMemory
+from qcbguard_plugins.models.loading import load_full_precision, load_tokenizer
+from qcbguard_plugins.models.streaming import StreamedWeights
+from qcbguard_plugins.models.target import Target
 from qcbguard_plugins.pipeline.budget import model_dtype, plan_memory
-from qcbguard_plugins.pipeline.model import guard_layers, record_of
-from qcbguard_plugins.pipeline.multi_format import coarsest_first, require_all_grids
-from qcbguard_plugins.pipeline.plan import Plan, make_plan
-from qcbguard_plugins.pipeline.segments import goes_in_one_pass, guard_in_one_pass
-from qcbguard_plugins.pipeline.settings import Guard, as_guard
-from qcbguard_plugins.pipeline.target import Layer, Target
-from qcbguard_plugins.pipeline.verify import require_as_planned, twin_facts, verify_tensor
-from qcbguard_plugins.rounding.guard_weight import guard_weight
-from qcbguard_plugins.rounding.guarded_weight import GuardedWeight
-
-if TYPE_CHECKING:
-    from qcbguard_plugins.backends.ggml.options import GgufOptions
+from qcbguard_plugins.pipeline.calibrated import guard_layers, tokens_for
+from qcbguard_plugins.pipeline.guard_target import guard_target
+from qcbguard_plugins.pipeline.plan import FolderPlan, Plan, make_plan
 from qcbguard_plugins.pipeline.publish import copy_other_files, hash_files
+from qcbguard_plugins.pipeline.report import report_of
+from qcbguard_plugins.pipeline.segments import can_be_segmented, guard_in_segments
+from qcbguard_plugins.pipeline.settings import Guard, as_guard
+from qcbguard_plugins.pipeline.verify import require_as_planned, verify_tensor
 
 
 def guard_checkpoint(
     src: Path | str,
     dst: Path | str,
-    formats: Sequence[str] = ("nf4",),
-    method: Guard | Defense | str = "feedback",
+    formats: Sequence[str] | str = ("nf4",),
+    guard: Guard | Defense | str = "feedback",
     *,
     ignore: Sequence[str] = (),
-    gguf: GgufOptions | None = None,
+    backends: Sequence[Backend] = (),
     progress: Progress | None = None,
+    group: ProcessGroup = SINGLE_PROCESS,
+    budget_bytes: int | None = None,
 ) -> GuardReport:
     """Guard a checkpoint folder into a new folder that takes its place.
 
@@ -57,191 +55,180 @@ def guard_checkpoint(
         formats: The formats to guard for: ``nf4``, ``fp4``, ``int8``, 4-bit with a block size as in ``nf4-b128``, or a
             GGUF recipe as ``gguf:Q4_K_M``. With several the folder serves each of them, or the error says which tensors
             cannot.
-        method: A method's name, a defense, or a :class:`~qcbguard_plugins.pipeline.settings.Guard` with seed
-            and calibration.
+        guard: A method's name, a defense, or a :class:`~qcbguard_plugins.pipeline.settings.Guard` with seed and
+            calibration.
         ignore: Patterns of target tensors to leave unguarded; the report lists them.
-        gguf: How llama.cpp will convert and quantize the folder, for a GGUF recipe.
+        backends: Backends with settings of yours: how llama.cpp will convert and quantize the folder, for a GGUF
+            recipe, is ``Ggml(GgufOptions(...))``.
         progress: Called with the number of weights of each tensor when it is done.
+        group: The processes that share the work; each of them calls this with the same arguments and gets the report.
+        budget_bytes: What one process may hold in memory; by default what the machine has left. A model that does not
+            fit is read block by block, with the same outcome.
 
     Returns:
         The report, which is also written to ``dst/qcbguard.json``.
 
     Raises:
-        UsageError, CheckpointError, TargetExistsError, CalibrationError, UnguardableError: As their names say; ``dst``
-            is not made.
+        UsageError, CheckpointError, TargetExistsError, CalibrationError, UnguardableError, MemoryBudgetError: As their
+            names say; ``dst`` is not made.
         VerificationError: The stock quantizer would store other codes than planned; ``dst`` is not made.
     """
-    guard = as_guard(method)
-    return guard_planned(make_plan(src, ",".join(formats), ignore=ignore, gguf=gguf), dst, guard, progress=progress)
+    requested = as_guard(guard)
+    plan = make_plan(src, formats, ignore=ignore, backends=backends)
+    return guard_planned(plan, dst, requested, progress=progress, group=group, budget_bytes=budget_bytes)
 
 
 def guard_planned(
-    plan: Plan,
+    plan: FolderPlan,
     dst: Path | str,
     guard: Guard,
     *,
     progress: Progress | None = None,
-    team: Team = ALONE,
+    group: ProcessGroup = SINGLE_PROCESS,
     budget_bytes: int | None = None,
 ) -> GuardReport:
-    """Carry out a plan; see :func:`guard_checkpoint`.
-
-    Args:
-        plan: What to guard.
-        dst: Folder to make.
-        guard: The method, its seed and calibration.
-        progress: Called with the number of weights of each tensor when it is done.
-        team: The processes that share the work; each of them calls this with the same arguments and gets the report.
-        budget_bytes: What one process may hold in memory; by default what the machine has left. A model that does not
-            fit is read block by block, with the same outcome.
-
-    Raises:
-        MemoryBudgetError: It cannot be done within the budget.
-    """
-    start = time.monotonic()
-    streamed = team.first(plan_memory(plan, guard, budget_bytes).streamed)
-    request = {"format": plan.format, "ignored": plan.ignored, "versions": installed_versions(), **guard.describe()}
-    entries = [plan.checkpoint.tensors[target.key] for target in plan.targets]
-    with resumable_folder(Path(dst), plan.checkpoint, request, team) as workspace:
+    """Carry out a plan; see :func:`guard_checkpoint`."""
+    started = time.monotonic()
+    streamed = group.broadcast(plan_memory(plan, guard, budget_bytes).streamed)
+    request = {"formats": plan.formats, "ignored": plan.ignored, "versions": versions(), **guard.describe()}
+    with resumable_folder(Path(dst), plan.checkpoint, request, group) as staging:
         left_out: list[str] = []
-        if team.rank == 0:
-            guard = replace(guard, seed=workspace.remember("seed", lambda: guard.with_seed().seed))
-            left_out = copy_other_files(plan.checkpoint, workspace.folder)
-        guard, left_out = team.first((guard, left_out))
-        workspace.copy_rest(team.share(plan.checkpoint.shards, plan.checkpoint.num_bytes_of), entries)
-        team.wait()
-        toolchain = plan.gguf.toolchain if plan.gguf else {}
-        made = replace(plan.checkpoint, path=workspace.folder)
-        guarded, verdicts = [], []
-        for record, verdict in _guard_targets(plan, guard, workspace, progress, team, streamed=streamed):
-            guarded.append(record)
+        if group.rank == 0:
+            guard = replace(guard, seed=staging.remember("seed", lambda: guard.with_seed().seed))
+            left_out = copy_other_files(plan.checkpoint, staging.folder)
+        guard, left_out = group.broadcast((guard, left_out))
+        shards = group.partition(plan.checkpoint.shards, plan.checkpoint.num_bytes_of)
+        staging.copy_rest(shards, [target.key for target in plan.targets])
+        group.barrier()
+        made = replace(plan.checkpoint, path=staging.folder)
+        by_name = {target.name: target for target in plan.targets}
+        records, verdicts = [], []
+        for done in guard_targets(plan, guard, staging, _Loader(plan, streamed=streamed), progress, group):
+            records.append(done.record)
             # With an importance matrix only the quantized file can be verified; what the quantizer stores is the plan.
-            if plan.gguf is None or not plan.gguf.imatrix.digest:
-                verdicts.append(verdict or verify_tensor(made, record, plan.format, toolchain, sampled=True))
-        require_as_planned(team.gather(verdicts))
-        records = {record.name: record for record in team.gather(guarded)}
-        files = hash_files(plan.checkpoint, workspace.folder, team)
-        report = GuardReport(
-            created=now(),
-            versions=installed_versions(),
-            source=plan.checkpoint.path.resolve().name,
-            format=plan.format,
-            **guard.describe(),
-            tensors=tuple(records[target.name] for target in plan.targets),
-            unguarded=plan.ignored,
-            files=tuple(files),
-            left_out=tuple(left_out),
-            toolchain=toolchain | twin_facts(plan.formats),
+            if "imatrix_sha256" not in plan.facts:
+                target = by_name[done.record.name]
+                verdicts.append(done.verdict or verify_tensor(made, target, done.record, sampled=True))
+        require_as_planned(group.gather(verdicts))
+        files = hash_files(plan.checkpoint, staging.folder, group)
+        report = report_of(
+            plan, guard, group.gather(records), started, files=files, left_out=left_out,
             purification=note_purification(plan.checkpoint.path, files),
-            elapsed_s=time.monotonic() - start,
-        )
-        if team.rank == 0:
-            (workspace.folder / MANIFEST_FILE).write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        )  # fmt: skip
+        if group.rank == 0:
+            write_manifest(report, staging.folder)
     return report
 
 
-def _guard_targets(
-    plan: Plan, guard: Guard, workspace: Workspace, progress: Progress | None, team: Team, *, streamed: bool
-) -> Iterator[tuple[TensorRecord, TensorVerdict | None]]:
-    """Guard this process's share of the targets, but for those that an interrupted run has done.
+@dataclass(frozen=True)
+class Done:
+    """A target that is guarded.
+
+    Attributes:
+        record: The plan for it.
+        verdict: What the stock quantizer said, where it has been asked.
+    """
+
+    record: TensorRecord
+    verdict: TensorVerdict | None = None
+
+
+@dataclass(frozen=True)
+class RunnableModel:
+    """A model in full precision that calibration can run.
+
+    Attributes:
+        model: The model.
+        tokenizer: Its tokenizer, or ``None``.
+        weights: Where its weights are.
+    """
+
+    model: Any
+    tokenizer: Any
+    weights: Weights
+
+
+def guard_targets(
+    plan: Plan,
+    guard: Guard,
+    staging: Staging,
+    load_model: Callable[[], RunnableModel],
+    progress: Progress | None = None,
+    group: ProcessGroup = SINGLE_PROCESS,
+) -> Iterator[Done]:
+    """Guard this process's share of the targets of a plan, except those that an interrupted run has done.
+
+    Args:
+        plan: The plan.
+        guard: The method, its seed drawn.
+        staging: Where targets are read, and guarded ones go.
+        load_model: Loads the model, for a method that needs calibration.
+        progress: Called with the number of weights of each target when it is done.
+        group: The processes that share the targets.
 
     Yields:
-        The record of a target, and the verdict on it where it has been verified.
+        Each target when it is done.
     """
     pending = []
-    for target in team.share(plan.targets, lambda target: target.num_weights):
-        entry = plan.checkpoint.tensors[target.key]
-        record, verdict = workspace.resumed(entry), None
-        if record is None and guard.method.needs_calibration:
-            pending.append((target, workspace.source_hash(entry)))
+    for target in group.partition(plan.targets, lambda target: target.num_weights):
+        record = staging.resumed(target.key)
+        if record is not None:
+            done = Done(record)
+        elif guard.method.needs_calibration:
+            pending.append((target.name, staging.source_hash(target.key)))
             continue
-        if record is None:
-            record, verdict = _guard_tensor(target, plan, guard, workspace)
-        yield record, verdict
+        else:
+            done = _guard_one(target, guard, staging)
+        yield done
         if progress is not None:
             progress(target.num_weights)
     # Who has nothing left to guard takes part in the calibration of the others.
-    if team.gather(pending):
-        for record in _guard_calibrated(plan, pending, guard, workspace, progress, team, streamed=streamed):
-            yield record, None
+    if group.gather(pending):
+        yield from _guard_calibrated(plan, dict(pending), guard, staging, load_model(), progress, group)
 
 
-def _guard_tensor(
-    target: Target, plan: Plan, guard: Guard, workspace: Workspace
-) -> tuple[TensorRecord, TensorVerdict | None]:
-    assert guard.seed is not None, "the seed is drawn once a run"
-    entry, own = plan.checkpoint.tensors[target.key], plan.grids(target)
-    if goes_in_one_pass(target, own, guard):
-        return guard_in_one_pass(target, entry, own[0], guard, workspace)
-    stored, digest = workspace.read(entry)
-    weight = (stored.T if target.transposed else stored).to(target.read_dtype)
-    grids = coarsest_first(weight, own)
-    # ``stored`` was read for this tensor alone; with several grids it is compared with the outcome.
-    alone = len(grids) == 1
-    guarded = guard_weight(weight, grids[0], guard.method, seed=guard.seed, name=target.name, overwrite=alone)
-    guarded = require_all_grids(weight, guarded, grids, target.name)
-    return _write(plan, target, digest, guarded, workspace), None
+def _guard_one(target: Target, guard: Guard, staging: Staging) -> Done:
+    if can_be_segmented(target, guard):
+        return Done(*guard_in_segments(target, guard, staging))
+    stored, digest = staging.read(target.key)
+    # ``stored`` was read for this target alone.
+    guarded, record = guard_target(target, stored, guard, overwrite=True)
+    staging.write(target.key, digest, guarded, record)
+    return Done(record)
 
 
 def _guard_calibrated(
     plan: Plan,
-    pending: Sequence[tuple[Target, str]],
+    pending: dict[str, str],
     guard: Guard,
-    workspace: Workspace,
+    staging: Staging,
+    loaded: RunnableModel,
     progress: Progress | None,
-    team: Team,
-    *,
-    streamed: bool,
-) -> Iterator[TensorRecord]:
-    """Guard the pending targets, block by block, on the model in full precision.
+    group: ProcessGroup,
+) -> Iterator[Done]:
+    """Guard the pending targets, by name with the hash of their source, on the model in full precision.
 
     The method is told of all targets, so that a run that goes on where another stopped chooses as one that never did.
     """
-    from qcbguard_plugins.models.loading import load_full_precision, load_tokenizer
-
-    tokenizer = load_tokenizer(plan.checkpoint.path)
-    guard.calibration.resolve(has_tokenizer=tokenizer is not None)
-    weights: Weights
-    if streamed:
-        from qcbguard_plugins.models.streaming import StreamedWeights
-
-        weights = StreamedWeights(plan.checkpoint, model_dtype(plan), [target.layer for target in plan.targets])
-        model: Any = weights.model
-    else:
-        model = load_full_precision(plan.checkpoint.path, model_dtype(plan))
-        weights = WeightsInMemory(model)
-    grids = {target.layer: _ordered_grids(plan, target) for target in plan.targets}
-    layers = {
-        target.layer: Layer(target.transposed, target.read_dtype, own[0], target.inputs_of, is_shared=len(own) > 1)
-        for target, own in ((target, grids[target.layer]) for target in plan.targets)
-    }
-    tokens = calibration_tokens(guard.calibration, model.config, tokenizer)
-    targets = {target.layer: (target, digest) for target, digest in pending}
-    grid = plan.grids(plan.targets[0])[0]
-    guarded_layers = guard_layers(
-        model, layers, grid, guard, tokens, progress, pending=targets.keys(), weights=weights, team=team
-    )
-    for layer, guarded in guarded_layers:
-        target, digest = targets[layer]
-        if len(grids[layer]) > 1:
-            guarded = require_all_grids(_read(plan.checkpoint, target), guarded, grids[layer], target.name)
-        yield _write(plan, target, digest, guarded, workspace)
+    tokens = tokens_for(guard, loaded.model.config, loaded.tokenizer)
+    for target, guarded, record in guard_layers(
+        loaded.model, plan.targets, guard, tokens, progress, pending=pending, weights=loaded.weights, group=group
+    ):
+        staging.write(target.key, pending[target.name], guarded, record)
+        yield Done(record)
 
 
-def _write(plan: Plan, target: Target, digest: str, guarded: GuardedWeight, workspace: Workspace) -> TensorRecord:
-    record = record_of(guarded, name=target.name, key=target.key, transposed=target.transposed, dtype=target.dtype)
-    record = record.model_copy(update={"format": ",".join(target.formats), "stored_name": target.stored_name})
-    weight = (guarded.weight.T if target.transposed else guarded.weight).to(target.dtype)
-    workspace.write(plan.checkpoint.tensors[target.key], digest, weight, record)
-    return record
+class _Loader:
+    """Loads the model of a folder, whole or block by block."""
 
+    def __init__(self, plan: FolderPlan, *, streamed: bool) -> None:
+        self._plan, self._streamed = plan, streamed
 
-def _ordered_grids(plan: Plan, target: Target) -> list[Grid]:
-    grids = plan.grids(target)
-    return grids if len(grids) == 1 else coarsest_first(_read(plan.checkpoint, target), grids)
-
-
-def _read(checkpoint: Checkpoint, target: Target) -> Tensor:
-    """The full-precision weight as the quantizers read it."""
-    stored = checkpoint.read(target.key)
-    return (stored.T if target.transposed else stored).to(target.read_dtype)
+    def __call__(self) -> RunnableModel:
+        checkpoint, dtype = self._plan.checkpoint, model_dtype(self._plan.targets)
+        tokenizer = load_tokenizer(checkpoint.path)
+        if self._streamed:
+            streamed = StreamedWeights(checkpoint, dtype, [target.layer for target in self._plan.targets])
+            return RunnableModel(streamed.model, tokenizer, streamed)
+        model = load_full_precision(checkpoint.path, dtype)
+        return RunnableModel(model, tokenizer, WeightsInMemory(model))

@@ -13,11 +13,10 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from qcbguard_plugins.checkpoint.manifest import combined_digest
+from qcbguard_plugins.backends.formats import backend_of
 from qcbguard_plugins.errors import UnguardableError
 from qcbguard_plugins.grids import Grid
-from qcbguard_plugins.grids.ggml import GgmlGrid
-from qcbguard_plugins.pipeline.stored import grid_digest
+from qcbguard_plugins.rounding.digests import combined_digest
 from qcbguard_plugins.rounding.guarded_weight import GuardedWeight
 
 # Share of the original rounding error that may be left, where plain rounding has 1 and unbiased rounding 0, and the
@@ -32,7 +31,7 @@ def coarsest_first(weight: Tensor, grids: Sequence[Grid]) -> list[Grid]:
         return list(grids)
 
     def rounding_error(grid: Grid) -> float:
-        return float((stored_values(weight, grid) - grid.read(weight)).square().sum())
+        return float((grid.stored_values(weight) - grid.read(weight)).square().sum())
 
     return sorted(grids, key=rounding_error, reverse=True)
 
@@ -63,7 +62,7 @@ def require_all_grids(weight: Tensor, guarded: GuardedWeight, grids: Sequence[Gr
                     f"second would keep {left:.0%} of its rounding error",
                     remedy="Guard once for each format.",
                 )
-        digests[grid.name] = grid_digest(guarded.weight, grid)
+        digests[grid.name] = backend_of(grid.name).stored_digest(guarded.weight, grid)
     return replace(guarded, digest=combined_digest(digests))
 
 
@@ -77,20 +76,12 @@ def errors_left(weight: Tensor, guarded: Tensor, grid: Grid) -> list[tuple[float
         Twice the coefficient of the original error and the standard deviation that independent errors would give it.
     """
     original, offered = grid.read(weight), grid.read(guarded)
-    error = stored_values(weight, grid) - original
+    error = grid.stored_values(weight) - original
     energy = float(error.square().sum())
     if energy == 0:
         return []
-    stored = stored_values(guarded, grid)
+    stored = grid.stored_values(guarded)
     return [
         (float((error * change).sum()) / energy, (float(change.square().sum()) / energy / weight.numel()) ** 0.5)
         for change in (stored - original, stored - offered)
     ]
-
-
-def stored_values(weight: Tensor, grid: Grid) -> Tensor:
-    """What the stock quantizer stores, dequantized: float32 in the weight's shape."""
-    if isinstance(grid, GgmlGrid):
-        return grid.values(grid.stored(weight)).view(weight.shape)
-    lattice = grid.lattice_of(weight)
-    return lattice.matrix(lattice.dequantize(lattice.nearest))

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qcbguard_plugins._util.distributed import Team
+from qcbguard_plugins._util.distributed import ProcessGroup
 from qcbguard_plugins._util.threads import map_over_threads
 from qcbguard_plugins.checkpoint import Checkpoint, hash_file
 from qcbguard_plugins.checkpoint.manifest import MANIFEST_FILE, FileRecord
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     pass
 
 
-def hash_files(checkpoint: Checkpoint, folder: Path, team: Team) -> list[FileRecord]:
+def hash_files(checkpoint: Checkpoint, folder: Path, group: ProcessGroup) -> list[FileRecord]:
     """The hashes of all shards before and after, in all processes."""
     files = [(place, shard) for shard in checkpoint.shards for place in (checkpoint.path, folder)]
-    mine = team.share(range(len(files)), lambda number: checkpoint.num_bytes_of(files[number][1]))
+    mine = group.partition(range(len(files)), lambda number: checkpoint.num_bytes_of(files[number][1]))
     hashes = map_over_threads(lambda number: hash_file(files[number][0] / files[number][1]), mine)
-    found = dict(team.gather(list(zip(mine, hashes, strict=True))))
+    found = dict(group.gather(list(zip(mine, hashes, strict=True))))
     return [
         FileRecord(name=shard, sha256_in=found[2 * number], sha256_out=found[2 * number + 1])
         for number, shard in enumerate(checkpoint.shards)

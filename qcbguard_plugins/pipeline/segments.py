@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,49 +16,43 @@ from torch import Tensor
 
 from qcbguard_plugins._util.dtypes import dtype_name
 from qcbguard_plugins._util.threads import stream_over_threads
-from qcbguard_plugins.checkpoint import TensorEntry, Workspace
+from qcbguard_plugins.backends.formats import backend_of
 from qcbguard_plugins.checkpoint.journal import bytes_of
-from qcbguard_plugins.checkpoint.manifest import TensorRecord, TensorVerdict, other_codes
-from qcbguard_plugins.grids import CodebookGrid, Grid, Int8Grid
+from qcbguard_plugins.checkpoint.manifest import TensorRecord, TensorVerdict
+from qcbguard_plugins.checkpoint.staging import Staging
+from qcbguard_plugins.models.target import Target
 from qcbguard_plugins.pipeline.settings import Guard
 from qcbguard_plugins.rounding.guard_weight import Tally, guard_segment, weights_per_segment
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
-    from qcbguard_plugins.pipeline.target import Target
-
-
-def goes_in_one_pass(target: Target, grids: Sequence[Grid], guard: Guard) -> bool:
-    """Whether no weight depends on one outside its segment, and bitsandbytes can be asked about segments alone."""
-    known = len(grids) == 1 and isinstance(grids[0], (CodebookGrid, Int8Grid))
+def can_be_segmented(target: Target, guard: Guard) -> bool:
+    """Whether no weight depends on one outside its segment, and the stock quantizer can be asked about segments."""
+    known = len(target.grids) == 1 and target.grids[0].in_segments
     return known and not target.transposed and not guard.method.needs_calibration
 
 
-def bytes_in_one_pass(target: Target, grid: Grid) -> int:
-    """What :func:`guard_in_one_pass` holds in memory, at most."""
+def bytes_in_segments(target: Target) -> int:
+    """What :func:`guard_in_segments` holds in memory, at most."""
     # The segment as stored, guarded, written and read back; its codes, planned and stored; their float32 in runs.
-    a_weight = 4 * target.dtype.itemsize + (target.read_dtype != target.dtype) * 2 * target.read_dtype.itemsize + 4
+    stored, read = target.dtype, target.read_dtype or target.dtype
+    a_weight = 4 * stored.itemsize + (read != stored) * 2 * read.itemsize + 4
     in_work = 2 * torch.get_num_threads() + 1 if torch.get_num_threads() > 1 else 1
-    return in_work * a_weight * min(target.num_weights, weights_per_segment(grid, target.shape))
+    return in_work * a_weight * min(target.num_weights, weights_per_segment(target.grids[0], target.shape))
 
 
-def guard_in_one_pass(
-    target: Target, entry: TensorEntry, grid: Grid, guard: Guard, workspace: Workspace
-) -> tuple[TensorRecord, TensorVerdict]:
-    """Guard a tensor into its place in the folder in the making, and compare what bitsandbytes stores for it.
+def guard_in_segments(target: Target, guard: Guard, staging: Staging) -> tuple[TensorRecord, TensorVerdict]:
+    """Guard a target into its place in the work, and compare what the stock quantizer stores for it.
 
     Args:
-        target: The tensor, one that :func:`goes_in_one_pass`.
-        entry: Where the source has it.
-        grid: Its grid.
-        guard: The method, with its seed.
-        workspace: The folder in the making.
+        target: One that :func:`can_be_segmented`.
+        guard: The method, its seed drawn.
+        staging: The work.
 
     Raises:
         UnguardableError: See :func:`qcbguard_plugins.rounding.guard_weight`.
     """
-    work = _Pass(target, entry, grid, guard, workspace)
+    (grid,) = target.grids
+    work = _Pass(target, guard, staging)
     step = weights_per_segment(grid, target.shape)
     source, guarded, codes = xxhash.xxh3_128(), xxhash.xxh3_128(), hashlib.sha256()
     tally, other_dtype = Tally(), None
@@ -77,19 +70,20 @@ def guard_in_one_pass(
         shape=target.shape,
         transposed=False,
         dtype=dtype_name(target.dtype),
-        read_dtype=dtype_name(target.read_dtype),
+        read_dtype=dtype_name(target.read_dtype or target.dtype),
         num_weights=target.num_weights,
         num_moved=tally.num_moved,
         num_frozen=tally.num_frozen,
         relative_change=tally.relative_change(),
-        num_landed=target.num_weights,
+        num_as_planned=target.num_weights,
         codes_sha256=codes.hexdigest(),
-        format=",".join(target.formats),
+        formats=target.formats,
         stored_name=target.stored_name,
     )
-    workspace.finish(entry, source.hexdigest(), guarded.hexdigest(), record)
-    reason = other_codes(other_dtype) if other_dtype else ""
-    return record, TensorVerdict(name=target.name, as_planned=not reason, reason=reason)
+    staging.finish(target.key, source.hexdigest(), guarded.hexdigest(), record)
+    if other_dtype is not None:
+        return record, TensorVerdict.other_codes(target.name, other_dtype)
+    return record, TensorVerdict(name=target.name, as_planned=True)
 
 
 @dataclass(frozen=True)
@@ -119,39 +113,41 @@ class _Pass:
             than to read into it.
     """
 
-    def __init__(self, target: Target, entry: TensorEntry, grid: Grid, guard: Guard, workspace: Workspace) -> None:
+    def __init__(self, target: Target, guard: Guard, staging: Staging) -> None:
         assert guard.seed is not None, "the seed is drawn once a run"
         self.spare: list[Tensor] = []
-        self._target, self._entry, self._grid, self._workspace = target, entry, grid, workspace
+        (self._grid,) = target.grids
+        self._target, self._staging = target, staging
         self._method, self._seed = guard.method, guard.seed
-        self._size = min(target.num_weights, weights_per_segment(grid, target.shape))
-        self._dtypes = sorted({target.dtype, target.read_dtype}, key=str)
+        self._backend = backend_of(self._grid.name)
+        self._size = min(target.num_weights, weights_per_segment(self._grid, target.shape))
+        self._read_dtype = target.read_dtype or target.dtype
+        self._dtypes = sorted({target.dtype, self._read_dtype}, key=str)
 
     def guard(self, first: int) -> _Segment:
         """Guard the segment that begins with this weight."""
         target, grid = self._target, self._grid
         count = min(self._size, target.num_weights - first)
         source, back = self._memory()[:count], self._memory()
-        self._workspace.read_part(self._entry, first, source)
-        read = source.to(target.read_dtype)
+        self._staging.read_part(target.key, first, source)
+        read = source.to(self._read_dtype)
         rounded, codes, tally = guard_segment(
             read, first, target.shape, grid, self._method, seed=self._seed, name=target.name
         )
         guarded = rounded.to(target.dtype)
-        self._workspace.write_part(self._entry, first, guarded)
-        self._workspace.read_back(self._entry, first, back[:count])
+        self._staging.write_part(target.key, first, guarded)
+        self._staging.read_back(target.key, first, back[:count])
         other_dtype = self._other_dtype(back[:count], codes)
         self.spare.append(back)
         return _Segment(source, guarded, codes, tally, other_dtype)
 
     def _other_dtype(self, back: Tensor, codes: Tensor) -> torch.dtype | None:
-        from qcbguard_plugins.backends.bitsandbytes.checked import checked_codes
-
-        shape = (1, -1) if isinstance(self._grid, CodebookGrid) else (-1, self._target.shape[1])
-        quantize, planned = checked_codes(), codes.view(shape)
+        columns = self._target.shape[1]
+        planned = self._grid.matrix_of(codes, columns).numpy()
         for dtype in self._dtypes:
+            stored = self._backend.quick_codes(self._grid.matrix_of(back.to(dtype), columns), self._grid)
             # Many times as fast as torch.equal is on bytes.
-            if not np.array_equal(quantize(back.to(dtype).view(shape), self._grid).numpy(), planned.numpy()):
+            if not np.array_equal(stored.numpy(), planned):
                 return dtype
         return None
 

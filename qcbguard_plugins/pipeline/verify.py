@@ -1,98 +1,159 @@
-"""Compare what the stock quantizers store for guarded tensors with the plan."""
+"""Compare what the stock quantizers store with the plan: of a guarded folder, and of what they wrote."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
-
-from torch import Tensor
-
-from qcbguard_plugins._util.progress import Progress
-from qcbguard_plugins._util.records import installed_versions, now
-from qcbguard_plugins.checkpoint import Checkpoint, hash_file, open_checkpoint
-from qcbguard_plugins.checkpoint.manifest import GuardReport, TensorRecord, TensorVerdict, VerifyReport, read_manifest
-from qcbguard_plugins.grids import Grid
-
-if TYPE_CHECKING:
-    pass
-
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from torch import Tensor
 
 from qcbguard_plugins._util.dtypes import dtype_name
-from qcbguard_plugins.backends.formats import get_grid
-from qcbguard_plugins.checkpoint import TensorEntry
-from qcbguard_plugins.checkpoint.manifest import other_codes
-from qcbguard_plugins.errors import VerificationError
-from qcbguard_plugins.grids import CodebookGrid, Int8Grid
-from qcbguard_plugins.pipeline.stored import stock_digest
-
-
-def verify_checkpoint(folder: Path | str, *, progress: Progress | None = None) -> VerifyReport:
-    """Quantize a guarded folder with the stock quantizer and compare its codes with the plan.
-
-    Args:
-        folder: A folder that :func:`guard_checkpoint` made.
-        progress: Called with the number of weights of each tensor when it is compared.
-
-    Returns:
-        A verdict for each tensor, and the weight files that changed since.
-
-    Raises:
-        CheckpointError: The folder or its manifest cannot be read.
-    """
-    folder = Path(folder)
-    report = read_manifest(folder)
-    checkpoint = open_checkpoint(folder)
-    recorded = {file.name: file.sha256_out for file in report.files}
-    changed = [name for name in checkpoint.shards if recorded.get(name) != hash_file(folder / name)]
-    changed += sorted(set(recorded) - set(checkpoint.shards))
-    return VerifyReport(
-        created=now(),
-        versions=installed_versions(),
-        folder=folder.resolve().name,
-        format=report.format,
-        tensors=tuple(_verdicts(checkpoint, report, progress)),
-        changed_files=tuple(changed),
-        unguarded=report.unguarded,
-    )
-
-
-def _verdicts(checkpoint: Checkpoint, report: GuardReport, progress: Progress | None) -> Iterator[TensorVerdict]:
-    for record in report.tensors:
-        yield verify_tensor(checkpoint, record, report.format, report.toolchain)
-        if progress is not None:
-            progress(record.num_weights)
-
+from qcbguard_plugins._util.progress import Progress
+from qcbguard_plugins.backends.base import StoredCodes
+from qcbguard_plugins.backends.formats import BACKENDS, backend_of, versions
+from qcbguard_plugins.checkpoint import Checkpoint, TensorEntry, hash_file, open_checkpoint
+from qcbguard_plugins.checkpoint.manifest import GuardReport, TensorRecord, TensorVerdict, VerifyReport, read_manifest
+from qcbguard_plugins.errors import CheckpointError, UsageError, VerificationError
+from qcbguard_plugins.models.target import Target
+from qcbguard_plugins.pipeline.guard_target import verify_target
 
 # Weights of a tensor that are read and compared at a time.
 _WEIGHTS_PER_PART = 1 << 20
 
 
+@dataclass(frozen=True)
+class Verification:
+    """A comparison that is ready to run: what is compared is open, and its plan is read.
+
+    Attributes:
+        report: The plan.
+        run: Compares, calling its argument with the number of weights of each tensor, and returns the report.
+    """
+
+    report: GuardReport
+    run: Callable[[Progress | None], VerifyReport]
+
+    @property
+    def num_weights(self) -> int:
+        return sum(record.num_weights for record in self.report.tensors)
+
+
+def verify(path: Path | str, *, plan: Path | str | None = None, progress: Progress | None = None) -> VerifyReport:
+    """Compare codes with the plan: those of a guarded folder, or those in what a stock quantizer wrote.
+
+    Args:
+        path: A folder that :func:`~qcbguard_plugins.guard_checkpoint` made, which the stock quantizer is run on; or
+            what a stock quantizer wrote: a GGUF file, a folder of GPTQ or OpenVINO, an ONNX file.
+        plan: For what a quantizer wrote: the guarded folder or GGUF file that it was made from, where the plan does not
+            lie in it or beside it.
+        progress: Called with the number of weights of each tensor when it is compared.
+
+    Returns:
+        A verdict for each tensor, and the weight files of a folder that changed since.
+
+    Raises:
+        CheckpointError: Something cannot be read, is not quantized, or there is no plan.
+        UsageError: The plan is for another quantizer, or goes with no such path.
+        MissingDependencyError: The library that reads the file is missing.
+    """
+    return open_verification(Path(path), None if plan is None else Path(plan)).run(progress)
+
+
+def verify_checkpoint(folder: Path | str, *, progress: Progress | None = None) -> VerifyReport:
+    """Quantize a guarded folder with the stock quantizer and compare its codes with the plan; see :func:`verify`."""
+    return _open_folder(Path(folder)).run(progress)
+
+
+def open_verification(path: Path, plan: Path | None) -> Verification:
+    """Open what is to be compared; see :func:`verify`."""
+    if not path.exists():
+        raise UsageError(f"{path} does not exist", remedy="Give a guarded folder, or what a stock quantizer wrote.")
+    artifact = next((found for backend in BACKENDS.values() if (found := backend.open_artifact(path))), None)
+    if artifact is not None:
+        report = artifact.find_plan(plan)
+        return Verification(report, partial(_verify_artifact, artifact, report))
+    if plan is not None:
+        raise UsageError("--plan goes with what a quantizer wrote; a guarded folder carries its own plan")
+    return _open_folder(path)
+
+
+def _open_folder(folder: Path) -> Verification:
+    report = read_manifest(folder)
+    if report.needs_artifact:
+        raise CheckpointError(
+            "the plan uses an importance matrix, so the folder alone cannot be verified",
+            remedy=f"Convert and quantize it, then: qcbguard verify QUANTIZED.gguf --plan {folder}",
+        )
+    return Verification(report, partial(_verify_folder, open_checkpoint(folder), report))
+
+
+def _verify_folder(checkpoint: Checkpoint, report: GuardReport, progress: Progress | None) -> VerifyReport:
+    recorded = {file.name: file.sha256_out for file in report.files}
+    changed = [name for name in checkpoint.shards if recorded.get(name) != hash_file(checkpoint.path / name)]
+    changed += sorted(set(recorded) - set(checkpoint.shards))
+    verdicts = []
+    for record in report.tensors:
+        verdicts.append(verify_tensor(checkpoint, target_of_record(record, report), record))
+        if progress is not None:
+            progress(record.num_weights)
+    return VerifyReport(
+        versions=versions(),
+        folder=checkpoint.path.resolve().name,
+        formats=report.formats,
+        tensors=tuple(verdicts),
+        changed_files=tuple(changed),
+        unguarded=report.unguarded,
+    )
+
+
+def target_of_record(record: TensorRecord, report: GuardReport) -> Target:
+    """The target that a manifest describes, with the grids of the quantizers that will read it."""
+    backends = (backend_of(name).recorded(report.toolchain) for name in record.formats)
+    return Target(
+        name=record.name,
+        shape=record.shape,
+        dtype=getattr(torch, record.dtype),
+        grids=tuple(backend.grid(name) for backend, name in zip(backends, record.formats, strict=True)),
+        transposed=record.transposed,
+        read_dtype=getattr(torch, record.read_dtype),
+        key=record.key,
+        stored_name=record.stored_name,
+    )
+
+
 def verify_tensor(
-    checkpoint: Checkpoint, record: TensorRecord, format: str, toolchain: Mapping[str, str], *, sampled: bool = False
+    checkpoint: Checkpoint, target: Target, record: TensorRecord, *, sampled: bool = False
 ) -> TensorVerdict:
-    """Compare one tensor with its plan, from the stored dtype and from the one in which it is read.
+    """Compare one tensor of a folder with its plan, from the stored dtype and from the one in which it is read.
 
     Args:
         checkpoint: The folder that holds it.
+        target: The tensor.
         record: Its plan.
-        format: The formats of the run, for a record without one of its own.
-        toolchain: The manifest's facts about llama.cpp.
-        sampled: Of bitsandbytes only some blocks are asked about, and a twin about the others; see
-            :mod:`qcbguard_plugins.backends.bitsandbytes.checked`.
+        sampled: The stock quantizer may be asked about some blocks, and a reimplementation about the others; see
+            :meth:`~qcbguard_plugins.backends.base.Backend.quick_codes`.
     """
-    reason = _why_not_as_planned(checkpoint, record, record.format or format, toolchain, sampled)
-    return TensorVerdict(name=record.name, as_planned=not reason, reason=reason)
+    entry = checkpoint.tensors.get(record.key)
+    reason = ""
+    if entry is None:
+        reason = "missing"
+    elif entry.shape != target.stored_shape or dtype_name(entry.dtype) != record.dtype:
+        reason = f"stored as {entry.dtype} {entry.shape}"
+    if entry is None or reason:
+        return TensorVerdict(name=record.name, as_planned=False, reason=reason)
+    if sampled and not target.transposed and len(target.grids) == 1 and target.grids[0].in_segments:
+        return _verify_in_parts(checkpoint, entry, target, record)
+    return verify_target(target, checkpoint.read(record.key), record)
 
 
 def require_as_planned(verdicts: Sequence[TensorVerdict]) -> None:
-    """Raise where a verdict is no good one.
+    """Raise where a tensor is not stored as planned.
 
     Raises:
         VerificationError: The stock quantizer would store other codes than planned.
@@ -106,73 +167,47 @@ def require_as_planned(verdicts: Sequence[TensorVerdict]) -> None:
         )
 
 
-def twin_facts(formats: Sequence[str]) -> dict[str, str]:
-    """Who answered for bitsandbytes in a run, for the record; nothing where it was bitsandbytes or was not asked."""
-    if len(formats) > 1 or formats[0].startswith("gguf:"):
-        return {}
-    if not isinstance(get_grid(formats[0]), (CodebookGrid, Int8Grid)):
-        return {}
-    from qcbguard_plugins.backends.bitsandbytes.checked import checked_codes
-
-    return {"bitsandbytes_twin": checked_codes().describe()}
-
-
-def _why_not_as_planned(
-    checkpoint: Checkpoint, record: TensorRecord, format: str, toolchain: Mapping[str, str], sampled: bool
-) -> str:
-    """Empty where the stock quantizer stores the planned codes."""
-    entry = checkpoint.tensors.get(record.key)
-    stored_shape = record.shape[::-1] if record.transposed else record.shape
-    if entry is None:
-        return "missing"
-    if entry.shape != stored_shape or dtype_name(entry.dtype) != record.dtype:
-        return f"stored as {entry.dtype} {entry.shape}"
-    dtypes = [getattr(torch, name) for name in sorted({record.dtype, record.read_dtype})]
-    if sampled and not record.transposed and "," not in format and not format.startswith("gguf:"):
-        grid = get_grid(format)
-        if isinstance(grid, (CodebookGrid, Int8Grid)):
-            digests = _digests_in_parts(checkpoint, entry, grid, dtypes)
-            return _first_other(dict(zip(dtypes, digests, strict=True)), record)
-    weight = checkpoint.read(record.key)
-    weight = weight.T if record.transposed else weight
-    compared: Tensor | None = None
-    for dtype in dtypes:
-        read = weight.to(dtype)
-        if compared is not None and torch.equal(read.float(), compared.float()):
-            continue
-        compared = read
-        reason = _first_other({dtype: stock_digest(read, format, toolchain)}, record)
-        if reason:
-            return reason
-    return ""
+def _verify_artifact(artifact: StoredCodes, report: GuardReport, progress: Progress | None) -> VerifyReport:
+    verdicts = []
+    for record in report.tensors:
+        verdicts.append(artifact.compare(record))
+        if progress is not None:
+            progress(record.num_weights)
+    known = {verdict.name for verdict in verdicts} | set(report.unguarded)
+    verdicts += [
+        TensorVerdict(name=name, as_planned=False, reason="quantized, and not in the plan")
+        for name in artifact.quantized()
+        if name not in known
+    ]
+    return VerifyReport(
+        versions=versions(),
+        folder=artifact.path.resolve().name,
+        formats=report.formats,
+        tensors=tuple(verdicts),
+        changed_files=(),
+        unguarded=report.unguarded,
+    )
 
 
-def _first_other(digests: Mapping[torch.dtype, str], record: TensorRecord) -> str:
-    for dtype, digest in digests.items():
-        if digest != record.codes_sha256:
-            return other_codes(dtype)
-    return ""
-
-
-def _digests_in_parts(
-    checkpoint: Checkpoint, entry: TensorEntry, grid: Grid, dtypes: Sequence[torch.dtype]
-) -> list[str]:
-    """The digests of the codes from each dtype; the tensor is never in memory as a whole."""
-    from qcbguard_plugins.backends.bitsandbytes.checked import checked_codes
-
-    quantize = checked_codes()
+def _verify_in_parts(checkpoint: Checkpoint, entry: TensorEntry, target: Target, record: TensorRecord) -> TensorVerdict:
+    """Compare a tensor part by part; it is never in memory as a whole."""
+    (grid,) = target.grids
+    backend = backend_of(grid.name)
+    dtypes = sorted({target.dtype, target.read_dtype or target.dtype}, key=str)
     hashes = [hashlib.sha256() for _ in dtypes]
-    for part in _parts(checkpoint, entry, grid):
+    for part in _parts(checkpoint, entry, grid.block_size_of(target.shape)):
         for sha256, dtype in zip(hashes, dtypes, strict=True):
-            sha256.update(quantize(part.to(dtype), grid).numpy().data)
-    return [sha256.hexdigest() for sha256 in hashes]
+            sha256.update(backend.quick_codes(part.to(dtype), grid).numpy().data)
+    for sha256, dtype in zip(hashes, dtypes, strict=True):
+        if sha256.hexdigest() != record.codes_sha256:
+            return TensorVerdict.other_codes(record.name, dtype)
+    return TensorVerdict(name=record.name, as_planned=True)
 
 
-def _parts(checkpoint: Checkpoint, entry: TensorEntry, grid: Grid) -> Iterator[Tensor]:
+def _parts(checkpoint: Checkpoint, entry: TensorEntry, block_size: int) -> Iterator[Tensor]:
     """Some rows after the other, cut where no block is."""
     rows, columns = entry.shape
-    size = grid.block_size_of((rows, columns))
-    unit = size // math.gcd(size, columns)
+    unit = block_size // math.gcd(block_size, columns)
     step = max(unit, _WEIGHTS_PER_PART // columns // unit * unit)
     with safe_open(checkpoint.path / entry.shard, framework="pt") as file:
         tensor = file.get_slice(entry.key)

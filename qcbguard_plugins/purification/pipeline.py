@@ -13,7 +13,7 @@ import torch
 
 from qcbguard_plugins._util.memory_peak import with_peak_bytes
 from qcbguard_plugins._util.records import installed_versions, now
-from qcbguard_plugins.checkpoint import Workspace, hash_file, resumable_folder
+from qcbguard_plugins.checkpoint import FolderStaging, hash_file, resumable_folder
 from qcbguard_plugins.checkpoint.manifest import FileRecord
 from qcbguard_plugins.checkpoint.purification_note import PURIFICATION_FILE
 from qcbguard_plugins.errors import CheckpointError, PurificationError, UsageError
@@ -192,11 +192,11 @@ def purify_planned(plan: PurifyPlan, out: Path | str, *, progress: StepDone | No
         "versions": installed_versions(),
     }
     stages: list[StageRecord] = []
-    with resumable_folder(Path(out), subject.checkpoint, request) as workspace:
-        variants, resumed = _measured(stages, "variants", lambda: _make_variants(plan, workspace, progress))
+    with resumable_folder(Path(out), subject.checkpoint, request) as staging:
+        variants, resumed = _measured(stages, "variants", lambda: _make_variants(plan, staging, progress))
         if resumed:
             stages[-1] = stages[-1].model_copy(update={"peak_bytes": None})
-        folder = workspace.kept_folder("variants")
+        folder = staging.kept_folder("variants")
         signature = _measured(stages, "signature", lambda: find_signature(plan.groups, folder, config))
         model = subject.load()
         frozen = subject.frozen_digest(model)
@@ -206,9 +206,9 @@ def purify_planned(plan: PurifyPlan, out: Path | str, *, progress: StepDone | No
         losses = _measured(stages, "healing", lambda: heal(model, plan, folder, progress))
         if subject.frozen_digest(model) != frozen:
             raise PurificationError("the frozen model changed under its adapter", remedy="Nothing was written.")
-        shutil.rmtree(workspace.folder)
-        workspace.folder.mkdir()
-        left_out = subject.save(model, workspace.folder)
+        shutil.rmtree(staging.folder)
+        staging.folder.mkdir()
+        left_out = subject.save(model, staging.folder)
         report = PurifyReport(
             created=now(),
             versions=installed_versions(),
@@ -222,13 +222,13 @@ def purify_planned(plan: PurifyPlan, out: Path | str, *, progress: StepDone | No
             groups=tuple(_record(group, signature) for group in plan.groups),
             healing_losses=tuple(round(loss, 5) for loss in losses),
             stages=tuple(stages),
-            files=tuple(_files(subject, workspace)),
+            files=tuple(_files(subject, staging)),
             left_out=tuple(left_out),
             base_sha256=_base_digest(subject),
             elapsed_s=time.monotonic() - start,
         )
         text = report.model_dump_json(indent=2) + "\n"
-        (workspace.folder / PURIFICATION_FILE).write_text(text, encoding="utf-8")
+        (staging.folder / PURIFICATION_FILE).write_text(text, encoding="utf-8")
     return report
 
 
@@ -259,10 +259,10 @@ def heal(model: Any, plan: PurifyPlan, work_dir: Path, progress: StepDone | None
 
 
 def _make_variants(
-    plan: PurifyPlan, workspace: Workspace, progress: StepDone | None
+    plan: PurifyPlan, staging: FolderStaging, progress: StepDone | None
 ) -> tuple[list[VariantRecord], bool]:
     """All variants, and whether an earlier run had made some of them."""
-    folder = workspace.kept_folder("variants")
+    folder = staging.kept_folder("variants")
     resumed = any(folder.glob("variant-*.safetensors"))
     variants = [
         make_variant(number, plan.subject, plan.samples, plan.tokenizer, plan.config, folder, progress)
@@ -293,7 +293,7 @@ def _record(group: Group, signature: Mapping[str, torch.Tensor]) -> GroupRecord:
     return GroupRecord(name=group.name, kind=group.kind, num_units=group.num_units, suppressed=suppressed)
 
 
-def _files(subject: Subject, workspace: Workspace) -> list[FileRecord]:
+def _files(subject: Subject, staging: FolderStaging) -> list[FileRecord]:
     """The written weight files; the hash before is empty for one that the source has not."""
     source = subject.checkpoint.path
     return [
@@ -302,7 +302,7 @@ def _files(subject: Subject, workspace: Workspace) -> list[FileRecord]:
             sha256_in=hash_file(source / path.name) if (source / path.name).is_file() else "",
             sha256_out=hash_file(path),
         )
-        for path in sorted(workspace.folder.glob("*.safetensors"))
+        for path in sorted(staging.folder.glob("*.safetensors"))
     ]
 
 
@@ -310,7 +310,7 @@ def _base_digest(subject: Subject) -> str:
     """Hash over the files of the model under an adapter."""
     if subject.mode == "model":
         return ""
-    from qcbguard_plugins.checkpoint.manifest import combined_digest
+    from qcbguard_plugins.rounding.digests import combined_digest
 
     return combined_digest({path.name: hash_file(path) for path in subject.model_dir.glob("*.safetensors")})
 

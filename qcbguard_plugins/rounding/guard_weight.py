@@ -15,15 +15,12 @@ import torch
 from torch import Tensor
 
 from qcbguard_plugins._util.dtypes import DTYPES, dtype_name
-from qcbguard_plugins._util.random import key_for
+from qcbguard_plugins._util.random import philox_key
 from qcbguard_plugins._util.threads import map_over_threads
-from qcbguard_plugins.defenses.base import Defense, Evidence, rng_for
-from qcbguard_plugins.defenses.stochastic import Stochastic
+from qcbguard_plugins.defenses.base import ChoiceContext, Defense, rng_for
 from qcbguard_plugins.errors import UnguardableError
 from qcbguard_plugins.grids.base import Grid, Lattice, cut_blocks
-from qcbguard_plugins.grids.codebook import CodebookGrid
-from qcbguard_plugins.grids.ggml import GgmlGrid
-from qcbguard_plugins.grids.int8 import Int8Grid
+from qcbguard_plugins.grids.ggml import is_ggml
 from qcbguard_plugins.rounding.digests import codes_digest
 from qcbguard_plugins.rounding.guarded_weight import GuardedWeight
 from qcbguard_plugins.rounding.searched import guard_on_ggml
@@ -48,8 +45,8 @@ def guard_weight(
     seed: int,
     name: str,
     hessian: Tensor | None = None,
-    attack_seen: bool = True,
-    up: Tensor | None = None,
+    looks_attacked: bool = True,
+    round_up: Tensor | None = None,
     overwrite: bool = False,
 ) -> GuardedWeight:
     """Guard one weight.
@@ -61,8 +58,8 @@ def guard_weight(
         seed: Seed of the run.
         name: Name of the tensor; with the seed it fixes the random draws.
         hessian: Float32 ``[in_features, in_features]``, for a method that needs calibration.
-        attack_seen: Whether the weight tests saw an attack in the model, for a method that weighs evidence.
-        up: Bool ``[out_features, in_features]``, what a whole-model method learned.
+        looks_attacked: Whether the weight tests saw an attack in the model, for a method that weighs context.
+        round_up: Bool ``[out_features, in_features]``, what a whole-model method learned.
         overwrite: The memory of ``weight`` may take the outcome, which halves the peak; left as it is otherwise.
 
     Raises:
@@ -70,15 +67,15 @@ def guard_weight(
             that its dtype cannot tell the levels of the grid apart.
     """
     _check(weight, name)
-    if isinstance(grid, GgmlGrid):
+    if is_ggml(grid):
         return guard_on_ggml(
-            weight, grid, defense, seed=seed, name=name, hessian=hessian, attack_seen=attack_seen, up=up,
-            overwrite=overwrite,
+            weight, grid, defense, seed=seed, name=name, hessian=hessian, looks_attacked=looks_attacked,
+            round_up=round_up, overwrite=overwrite,
         )  # fmt: skip
     source = cut_blocks(weight, grid.block_size_of((weight.shape[0], weight.shape[1])))
     guarded = source if overwrite else torch.empty_like(source)
     shape = (weight.shape[0], weight.shape[1])
-    job = _Job(source, guarded, shape, weight.numel(), grid, defense, seed, name, hessian, attack_seen, up)
+    job = _Job(source, guarded, shape, weight.numel(), grid, defense, seed, name, hessian, looks_attacked, round_up)
     if weight.device.type == "cpu":
         tallies = map_over_threads(job.round_segment, job.segments())
     else:
@@ -93,9 +90,9 @@ def guard_weight(
         num_moved=tally.num_moved,
         num_frozen=tally.num_frozen,
         relative_change=tally.relative_change(),
-        num_landed=numel,
+        num_as_planned=numel,
         digest=codes_digest(codes),
-        settled=job.settled,
+        chosen=job.chosen,
     )
 
 
@@ -172,20 +169,20 @@ class _Job:
         seed: int,
         name: str,
         hessian: Tensor | None = None,
-        attack_seen: bool = True,
-        up: Tensor | None = None,
+        looks_attacked: bool = True,
+        round_up: Tensor | None = None,
     ) -> None:
         self.source, self.guarded, self.shape, self.numel = source, guarded, shape, numel
         self.grid, self.defense, self.seed, self.name, self.hessian = grid, defense, seed, name, hessian
-        self.attack_seen, self.up, self.key = attack_seen, up, key_for(seed, name)
-        self.settled: dict[str, float | str] = {}
+        self.looks_attacked, self.round_up, self.key = looks_attacked, round_up, philox_key(seed, name)
+        self.chosen: dict[str, float | str] = {}
         self.first_block = 0
         self.codes = torch.empty_like(self.source, dtype=torch.uint8)
-        self.kernels = load_kernels() if self._is_one_pass() else None
+        self.kernels = load_kernels() if self._is_compiled() else None
 
-    def _is_one_pass(self) -> bool:
+    def _is_compiled(self) -> bool:
         """Whether rounding is compiled as a whole."""
-        known = isinstance(self.grid, (CodebookGrid, Int8Grid)) and isinstance(self.defense, Stochastic)
+        known = self.grid.in_segments and self.defense.is_stochastic_rounding
         return known and self.source.device.type == "cpu"
 
     def segments(self) -> list[slice]:
@@ -196,28 +193,28 @@ class _Job:
     def round_segment(self, segment: slice) -> Tally:
         """Round one segment into ``guarded`` and ``codes``."""
         rng = rng_for(self.seed, f"{self.name}:{self.first_block + segment.start}")
-        evidence = Evidence(rng, self.hessian, self.attack_seen, self.up, self.settled, key=self.key)
+        context = ChoiceContext(rng, self.hessian, self.looks_attacked, self.round_up, self.chosen, key=self.key)
         cached = self.source.device.type == "cpu" and not self.defense.needs_calibration
         if self.kernels is not None:
             size, work = _WEIGHTS_PER_COMPILED_RUN, self._round_compiled
         else:
             size, work = _WEIGHTS_PER_RUN if cached else self.source.numel(), self._round
-        return sum((work(run, evidence) for run in self._slices(segment.start, segment.stop, size)), Tally())
+        return sum((work(run, context) for run in self._slices(segment.start, segment.stop, size)), Tally())
 
-    def _round(self, run: slice, evidence: Evidence) -> Tally:
+    def _round(self, run: slice, context: ChoiceContext) -> Tally:
         source = self.source[run]
-        placed = self.grid.settle(source)
+        placed = self.grid.move_scale_holders(source)
         lattice = self.grid.lattice(self.grid.read(placed), self.shape, source.dtype)
         if not torch.isfinite(lattice.scale).all():
             raise self._not_finite()
-        evidence.first = (self.first_block + run.start) * source.shape[1]
-        codes = torch.where(lattice.frozen, lattice.nearest, self.defense.choose(lattice, evidence))
+        context.offset = (self.first_block + run.start) * source.shape[1]
+        codes = torch.where(lattice.frozen, lattice.nearest, self.defense.choose(lattice, context))
         guarded = torch.where(lattice.frozen, placed, lattice.dequantize(codes).to(source.dtype))
         tally = _tally(lattice, source, guarded, codes, self.numel - run.start * source.shape[1])
         self.codes[run], self.guarded[run] = codes, guarded
         return tally
 
-    def _round_compiled(self, run: slice, evidence: Evidence) -> Tally:
+    def _round_compiled(self, run: slice, context: ChoiceContext) -> Tally:
         assert self.kernels is not None
         columns = self.source.shape[1]
         done = self.kernels.round_run(
@@ -279,7 +276,7 @@ def _tally(lattice: Lattice, source: Tensor, guarded: Tensor, codes: Tensor, num
     all_frozen = lattice.frozen.all(dim=1)
     if all_frozen.any():
         inner = lattice.blocks[all_frozen]
-        unplaced = float(inner[~lattice.grid.holders(inner)].square().sum())
+        unplaced = float(inner[~lattice.grid.scale_holders(inner)].square().sum())
     return Tally(
         num_moved=int((codes != lattice.nearest).view(-1)[:num_weights].sum()),
         num_frozen=int(lattice.frozen.view(-1)[:num_weights].sum()),

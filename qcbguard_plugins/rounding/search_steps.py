@@ -1,4 +1,4 @@
-"""The parts of landing that touch every weight, in torch: what is handed over, what is stored, what that comes to.
+"""The parts of the search that touch every weight, in torch: what is handed over, what is stored, what that comes to.
 
 A grid may bring compiled forms of them (``grid.kernels``), which give the same results.
 """
@@ -26,9 +26,9 @@ def choose_points(grid: GgmlGrid, lattice: Lattice, chosen: Tensor) -> tuple[Ten
         codes differ from plain rounding, and how many weights are frozen.
     """
     if grid.kernels is not None:
-        return grid.kernels.choose_points(lattice, chosen)
+        return grid.kernels.choose_points(grid, lattice, chosen)
     codes = torch.where(lattice.frozen, lattice.nearest, chosen)
-    points = torch.where(lattice.frozen, lattice.kept, lattice.place(codes))
+    points = torch.where(lattice.frozen, lattice.kept, lattice.weights_for(codes))
     return points, codes, int((codes != lattice.nearest).sum()), int(lattice.frozen.sum())
 
 
@@ -58,9 +58,9 @@ def compare(grid: GgmlGrid, stored: StoredBlocks, chosen: StoredBlocks, unit: in
         return grid.kernels.compare(grid, stored, chosen, unit)
     reach = chosen.scale.abs() * float(grid.levels.diff().min() / 2)
     miss = grid.values(stored) - grid.values(chosen)
-    landed = (miss.abs() <= reach) | (reach == 0)
+    as_planned = (miss.abs() <= reach) | (reach == 0)
     squares = torch.where(reach > 0, miss / reach, torch.zeros_like(miss)).square_()
-    return landed.view(-1, unit).sum(1, dtype=torch.int32), squares.view(-1, unit).sum(1)
+    return as_planned.view(-1, unit).sum(1, dtype=torch.int32), squares.view(-1, unit).sum(1)
 
 
 def measure(grid: GgmlGrid, weight: Tensor, handed_over: Tensor, scale: Tensor) -> tuple[float, float, float]:

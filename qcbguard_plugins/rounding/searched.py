@@ -1,10 +1,10 @@
-"""Guard a weight for llama.cpp's quantizer, and make the choices land.
+"""Guard a weight for llama.cpp's quantizer, so that the choices are stored.
 
 The weight handed over consists of grid points. A quantizer with a formula stores them as planned. One that searches for
 its scales usually finds the planned ones again, because they fit without an error. Where it settles on others and
 stores a weight elsewhere, the weights of that block are moved by half of what it misses them by, and it is asked again;
 of all answers the one nearest to the choice counts. What it stores for that *is* the plan; what differs from the
-method's choice is counted as not landed.
+method's choice is counted as not as_planned.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from qcbguard_plugins._util.random import key_for
+from qcbguard_plugins._util.random import philox_key
 from qcbguard_plugins._util.threads import map_over_threads
-from qcbguard_plugins.defenses.base import Defense, Evidence, rng_for
-from qcbguard_plugins.defenses.stochastic import Stochastic
+from qcbguard_plugins.defenses.base import ChoiceContext, Defense, rng_for
 from qcbguard_plugins.errors import UnguardableError
 from qcbguard_plugins.grids.base import Lattice, cut_blocks
-from qcbguard_plugins.grids.ggml import FormulaGrid, GgmlGrid, SearchedGrid
+from qcbguard_plugins.grids.ggml import GgmlGrid
 from qcbguard_plugins.grids.ggml_blocks import StoredBlocks
-from qcbguard_plugins.rounding.guarded_weight import GuardedWeight, digest_of_rows, pack_rows, row_digests
+from qcbguard_plugins.rounding.digests import digest_of_rows, pack_rows, row_digests
+from qcbguard_plugins.rounding.guarded_weight import GuardedWeight
 from qcbguard_plugins.rounding.search_steps import choose_points, compare, correct, measure
 
 # Rows are worked on in runs of about this many weights. Shorter ones stay in a nearer cache, but more often have
 # threads wait for the interpreter. Each has random draws of its own, and rows do not depend on each other, so any
 # thread may take any run.
 _WEIGHTS_PER_RUN = 1 << 19
-# What landing keeps of its choices is held for this many weights at a time.
+# What is kept of choices is held for this many weights at a time.
 _WEIGHTS_PER_SEGMENT = 1 << 23
 _MAX_ROUNDS = 4
 # Share of a miss by which a weight is moved before the quantizer is asked again.
@@ -49,7 +49,7 @@ class _Outcome:
     """What became of some rows."""
 
     row_digests: list[bytes]
-    num_landed: int
+    num_as_planned: int
     num_moved: int
     num_frozen: int
     energy: float
@@ -65,8 +65,8 @@ def guard_on_ggml(
     seed: int,
     name: str,
     hessian: Tensor | None = None,
-    attack_seen: bool = True,
-    up: Tensor | None = None,
+    looks_attacked: bool = True,
+    round_up: Tensor | None = None,
     overwrite: bool = False,
 ) -> GuardedWeight:
     """Guard one weight on the grid of a GGUF type; see :func:`qcbguard_plugins.rounding.guard_weight`.
@@ -76,30 +76,29 @@ def guard_on_ggml(
             to zero, or too few codes land.
     """
     columns = weight.shape[1]
-    if columns % grid.block_type.block_size:
+    if problem := grid.fits((weight.shape[0], columns)):
         raise UnguardableError(
-            f"{name} cannot be guarded on {grid.name}: {columns} columns are no multiple of "
-            f"{grid.block_type.block_size}",
+            f"{name} cannot be guarded on {grid.name}: {problem}",
             remedy="llama.cpp stores such a tensor in another type; guard it on that one.",
         )
-    settled: dict[str, float | str] = {}
-    job, key = _Job(weight, grid, defense, name, overwrite=overwrite), key_for(seed, name)
+    chosen: dict[str, float | str] = {}
+    job, key = _Job(weight, grid, defense, name, overwrite=overwrite), philox_key(seed, name)
 
     def choose(run: slice) -> tuple[Lattice, Tensor]:
-        evidence = Evidence(rng_for(seed, f"{name}:{run.start}"), key=key, first=run.start * columns)
-        return _choose(weight[run], grid, defense, evidence, name)
+        context = ChoiceContext(rng_for(seed, f"{name}:{run.start}"), key=key, offset=run.start * columns)
+        return _choose(weight[run], grid, defense, context, name)
 
     if defense.needs_calibration:
-        evidence = Evidence(rng_for(seed, name), hessian, attack_seen, up, settled, key)
-        whole, chosen = _choose(weight, grid, defense, evidence, name)
-        per_row = columns // chosen.shape[1]
+        context = ChoiceContext(rng_for(seed, name), hessian, looks_attacked, round_up, chosen, key)
+        whole, codes = _choose(weight, grid, defense, context, name)
+        per_row = columns // codes.shape[1]
 
         def choose(run: slice) -> tuple[Lattice, Tensor]:
             part = slice(run.start * per_row, run.stop * per_row)
-            return _part_of(whole, part), chosen[part]
+            return _part_of(whole, part), codes[part]
 
     restated = grid.is_restated
-    outcomes = job.carry_out_at_once(key) if job.one_pass else job.carry_out(choose)
+    outcomes = job.carry_out_at_once(key) if job.by_formula else job.carry_out(choose)
     if grid.is_restated != restated:
         # The real quantizer was found to differ on some rows, so nothing that was answered in its place counts.
         outcomes = job.carry_out(choose)
@@ -110,12 +109,12 @@ def guard_on_ggml(
             "single value, beside others that are far larger",
             remedy="Quantize this tensor to a larger type, or leave it out with --ignore.",
         )
-    num_landed = sum(part.num_landed for part in outcomes)
-    if num_landed < grid.min_landed * weight.numel():
+    num_as_planned = sum(part.num_as_planned for part in outcomes)
+    if num_as_planned < grid.min_as_planned * weight.numel():
         raise UnguardableError(
-            f"{name} cannot be guarded: {num_landed / weight.numel():.2%} of its codes land on {grid.name}, "
-            f"{grid.min_landed:.2%} are wanted",
-            remedy="Convert with --outtype f32, or lower the threshold with --min-landed.",
+            f"{name} cannot be guarded: {num_as_planned / weight.numel():.2%} of its codes are stored as chosen on "
+            f"{grid.name}, {grid.min_as_planned:.2%} are wanted",
+            remedy="Convert with --outtype f32, or lower the threshold with --min-as-planned.",
         )
     change = sum(part.change for part in outcomes)
     return GuardedWeight(
@@ -124,10 +123,10 @@ def guard_on_ggml(
         num_moved=sum(part.num_moved for part in outcomes),
         num_frozen=sum(part.num_frozen for part in outcomes),
         relative_change=(change / energy) ** 0.5 if energy else 0.0,
-        num_landed=num_landed,
+        num_as_planned=num_as_planned,
         digest=digest_of_rows(row for part in outcomes for row in part.row_digests),
         energy=energy,
-        settled=settled,
+        chosen=chosen,
     )
 
 
@@ -135,30 +134,30 @@ class _Job:
     """One weight on its way to the quantizer.
 
     Attributes:
-        one_pass: Whether all that happens to a weight is compiled as a whole.
+        by_formula: Whether all that happens to a weight is compiled as a whole.
         guarded: The weight to hand over.
         codes: uint8 like it, what is stored.
     """
 
     def __init__(self, weight: Tensor, grid: GgmlGrid, defense: Defense, name: str, *, overwrite: bool) -> None:
         self.weight, self.grid, self.name = weight, grid, name
-        self.one_pass = isinstance(defense, Stochastic) and self._has_formula()
+        self.by_formula = defense.is_stochastic_rounding and self._has_formula()
         # Elsewhere the weight is compared with its outcome in the end.
-        in_place = overwrite and self.one_pass and weight.is_contiguous()
+        in_place = overwrite and self.by_formula and weight.is_contiguous()
         self.guarded = weight if in_place else torch.empty(weight.shape, dtype=weight.dtype)
         self.codes = torch.empty(weight.shape, dtype=torch.uint8)
         # With an importance matrix the search weighs columns, so whole rows are asked about; otherwise blocks stand
         # alone.
-        whole_rows = isinstance(grid, SearchedGrid) and grid.importance is not None
+        whole_rows = grid.importance is not None
         self.unit = weight.shape[1] if whole_rows else grid.block_type.block_size
 
     def _has_formula(self) -> bool:
         grid = self.grid
-        by_formula = isinstance(grid, FormulaGrid) and grid.kernels is not None and grid.outtype == self.weight.dtype
+        by_formula = not grid.searched and grid.kernels is not None and grid.outtype == self.weight.dtype
         return by_formula and self.weight.device.type == "cpu"
 
     def carry_out_at_once(self, key: int) -> list[_Outcome]:
-        """Guard stochastically, where ``one_pass`` says so."""
+        """Guard stochastically, where ``by_formula`` says so."""
         rows, columns = self.weight.shape
         assert self.grid.kernels is not None
         guard_rows = self.grid.kernels.guard_by_formula(self.grid, self.weight, key, self.guarded, self.codes)
@@ -169,7 +168,13 @@ class _Job:
                 raise _not_finite(self.name, self.grid)
             digests = row_digests(done.packed_rows)
             return _Outcome(
-                digests, done.num_landed, done.num_moved, done.num_frozen, done.energy, done.lost_energy, done.change
+                digests,
+                done.num_as_planned,
+                done.num_moved,
+                done.num_frozen,
+                done.energy,
+                done.lost_energy,
+                done.change,
             )
 
         return map_over_threads(guard, _slices(0, rows, columns, _WEIGHTS_PER_RUN))
@@ -201,7 +206,7 @@ class _Job:
             _write(chosen, choice, part_of(run, size))
             _write(stored, answer, part_of(run, size))
             part = part_of(run, self.unit)
-            units.landed[part], units.misses[part] = compare(self.grid, answer, choice, self.unit)
+            units.as_planned[part], units.misses[part] = compare(self.grid, answer, choice, self.unit)
             return num_moved, num_frozen
 
         def count(part: tuple[slice, tuple[int, int]]) -> _Outcome:
@@ -211,18 +216,18 @@ class _Job:
                 self.grid, self.weight[run].float(), self.guarded[run].float(), chosen.scale[blocks]
             )
             digests = row_digests(pack_rows(_cut(stored, blocks), self.grid.block_type, run.stop - run.start))
-            num_landed = int(units.landed[part_of(run, self.unit)].sum())
-            return _Outcome(digests, num_landed, *counts, energy, lost, change)
+            num_as_planned = int(units.as_planned[part_of(run, self.unit)].sum())
+            return _Outcome(digests, num_as_planned, *counts, energy, lost, change)
 
         runs = _slices(rows.start, rows.stop, columns, _WEIGHTS_PER_RUN)
         counts = map_over_threads(ask, runs)
-        pending = (units.landed < self.unit).nonzero().squeeze(1)
+        pending = (units.as_planned < self.unit).nonzero().squeeze(1)
         if self.grid.searched and len(pending):
             parts = torch.tensor_split(pending, min(torch.get_num_threads(), len(pending)))
-            map_over_threads(lambda part: self._settle(units, part), parts)
+            map_over_threads(lambda part: self._ask_again(units, part), parts)
         return map_over_threads(count, list(zip(runs, counts, strict=True)))
 
-    def _settle(self, units: _Units, pending: Tensor) -> None:
+    def _ask_again(self, units: _Units, pending: Tensor) -> None:
         """Correct some units and ask again, until all of them lands or the rounds are over; the best answers stay."""
         grid, per_unit = self.grid, self.unit // self.grid.block_type.sub_block_size
         goal, answer = _take(units.chosen, pending, per_unit), _take(units.stored, pending, per_unit)
@@ -231,15 +236,15 @@ class _Job:
             correct(grid, answer, goal, _CORRECTION, offered)
             asked = offered.to(units.handed_over.dtype)
             answer = grid.stored(asked)
-            landed, misses = compare(grid, answer, goal, self.unit)
-            most, least = units.landed[pending], units.misses[pending]
-            better = (landed > most) | ((landed == most) & (misses < least))
+            as_planned, misses = compare(grid, answer, goal, self.unit)
+            most, least = units.as_planned[pending], units.misses[pending]
+            better = (as_planned > most) | ((as_planned == most) & (misses < least))
             winners = pending[better]
             units.handed_over[winners] = asked[better]
-            units.landed[winners], units.misses[winners] = landed[better], misses[better]
+            units.as_planned[winners], units.misses[winners] = as_planned[better], misses[better]
             for whole, new in _pairs(units.stored, _take(answer, better, per_unit)):
                 whole.view(-1, per_unit, whole.shape[1])[winners] = new.view(-1, per_unit, new.shape[1])
-            rest = units.landed[pending] < self.unit
+            rest = units.as_planned[pending] < self.unit
             if not rest.any():
                 return
             pending, offered = pending[rest], offered[rest]
@@ -253,13 +258,13 @@ class _Units:
         handed_over: ``[num_units, unit]``, the weights.
         stored: What it stores for them.
         chosen: What it shall store.
-        landed: int32 ``[num_units]``, see :func:`qcbguard_plugins.rounding.search_steps.compare`.
+        as_planned: int32 ``[num_units]``, see :func:`qcbguard_plugins.rounding.search_steps.compare`.
         misses: float32 ``[num_units]``, as well.
     """
 
     def __init__(self, handed_over: Tensor, stored: StoredBlocks, chosen: StoredBlocks) -> None:
         self.handed_over, self.stored, self.chosen = handed_over, stored, chosen
-        self.landed = torch.empty(len(handed_over), dtype=torch.int32)
+        self.as_planned = torch.empty(len(handed_over), dtype=torch.int32)
         self.misses = torch.empty(len(handed_over))
 
 
@@ -291,16 +296,18 @@ def _take(stored: StoredBlocks, units: Tensor, per_unit: int) -> StoredBlocks:
     return StoredBlocks(part(stored.codes), part(stored.scale), part(stored.offset))
 
 
-def _choose(weight: Tensor, grid: GgmlGrid, defense: Defense, evidence: Evidence, name: str) -> tuple[Lattice, Tensor]:
+def _choose(
+    weight: Tensor, grid: GgmlGrid, defense: Defense, context: ChoiceContext, name: str
+) -> tuple[Lattice, Tensor]:
     blocks = cut_blocks(grid.read(weight), grid.block_type.sub_block_size)
     # A sum is several times faster than to look at every weight, and finite weights rarely add up to infinity.
     if not torch.isfinite(blocks.sum()) and not torch.isfinite(blocks).all():
         raise _not_finite(name, grid)
     lattice = grid.lattice(blocks, (weight.shape[0], weight.shape[1]), weight.dtype)
-    if grid.kernels is not None and isinstance(defense, Stochastic) and blocks.device.type == "cpu":
-        assert evidence.key is not None
-        return lattice, grid.kernels.choose(lattice, evidence.key, evidence.first)
-    return lattice, defense.choose(lattice, evidence)
+    if grid.kernels is not None and defense.is_stochastic_rounding and blocks.device.type == "cpu":
+        assert context.key is not None
+        return lattice, grid.kernels.choose(lattice, context.key, context.offset)
+    return lattice, defense.choose(lattice, context)
 
 
 def _not_finite(name: str, grid: GgmlGrid) -> UnguardableError:

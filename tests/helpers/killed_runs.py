@@ -80,11 +80,13 @@ def contents(folder: Path) -> dict[str, bytes]:
 def gguf_contents(path: Path) -> dict[str, bytes]:
     """A GGUF file's tensors and its report without the two times."""
     from qcbguard_plugins.checkpoint.gguf_reader import open_gguf
-    from qcbguard_plugins.pipeline.verify_gguf import find_plan
+    from qcbguard_plugins.checkpoint.manifest import read_report
+    from qcbguard_plugins.checkpoint.provenance import GGUF_PROVENANCE_KEY
 
     file = open_gguf(path)
     tensors = {name: bytes(file.read_bytes(name)) for name in file.tensors}
-    return {**tensors, "report": _timeless(find_plan(file, None)), "size": str(path.stat().st_size).encode()}
+    report = read_report(file.metadata[GGUF_PROVENANCE_KEY], "the report")
+    return {**tensors, "report": _timeless(report), "size": str(path.stat().st_size).encode()}
 
 
 def _timeless(report: GuardReport) -> bytes:

@@ -17,7 +17,8 @@ from transformers import (
 )
 
 from qcbguard_plugins import guard_checkpoint
-from qcbguard_plugins.pipeline.verify_gguf import verify_gguf
+from qcbguard_plugins.backends.ggml.backend import Ggml
+from qcbguard_plugins.pipeline.verify import verify
 from tests.helpers.gguf_files import TREE, needs_llama_cpp
 from tests.helpers.llama_cpp import GUARDS, OPTIONS, convert, quantize, script_of
 
@@ -46,8 +47,10 @@ def test_other_architectures(
     model = AutoModelForCausalLM.from_config(OTHER_ARCHITECTURES[architecture])
     model.to(torch.float16).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    report = guard_checkpoint(tmp_path / "model", tmp_path / "guarded", ["gguf:Q4_K_M"], GUARDS[method], gguf=OPTIONS)
+    report = guard_checkpoint(
+        tmp_path / "model", tmp_path / "guarded", ["gguf:Q4_K_M"], GUARDS[method], backends=[Ggml(OPTIONS)]
+    )
     script = script_of(TREE, tmp_path)
     converted = convert(script, tmp_path / "guarded", tmp_path / "model.gguf", "--outtype", "f32")
-    verdict = verify_gguf(quantize(converted, "Q4_K_M"), plan=tmp_path / "guarded")
+    verdict = verify(quantize(converted, "Q4_K_M"), plan=tmp_path / "guarded")
     assert verdict.clean and verdict.num_as_planned == len(report.tensors) > 8

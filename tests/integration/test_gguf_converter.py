@@ -10,7 +10,7 @@ import pytest
 
 from qcbguard_plugins.checkpoint.gguf_reader import open_gguf
 from qcbguard_plugins.pipeline.gguf_guard import guard_gguf
-from qcbguard_plugins.pipeline.verify_gguf import verify_gguf
+from qcbguard_plugins.pipeline.verify import verify
 from tests.helpers.gguf_files import OLDER, QUANTIZE, TREE, needs_llama_cpp
 from tests.helpers.llama_cpp import GUARD, OPTIONS, convert, quantize, script_of
 
@@ -32,7 +32,7 @@ class TestConverter:
         result = self.run(script, str(llama_folder), "--outtype", outtype, "--outfile", str(flight))
         assert result.returncode == 0, result.stderr[-2000:]
         assert "15 of 15 target tensors guarded" in result.stdout
-        assert verify_gguf(quantize(flight, "Q4_K_M")).clean
+        assert verify(quantize(flight, "Q4_K_M")).clean
         # The same as to convert first and guard the file then.
         plain = convert(script, llama_folder, tmp_path / "plain.gguf", "--outtype", outtype)
         guard_gguf(plain, tmp_path / "after.gguf", "Q4_K_M", GUARD, options=OPTIONS)

@@ -11,12 +11,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qcbguard_plugins import guard_checkpoint, verify_checkpoint
-from qcbguard_plugins.backends.ggml.folder import ARCHITECTURES, folder_types
+from qcbguard_plugins.backends.ggml.backend import Ggml
+from qcbguard_plugins.backends.ggml.folder import ARCHITECTURES, folder_targets
 from qcbguard_plugins.backends.ggml.options import GgufOptions
 from qcbguard_plugins.cli import main
 from qcbguard_plugins.errors import UsageError
 from qcbguard_plugins.pipeline.gguf_guard import guard_gguf
-from qcbguard_plugins.pipeline.verify_gguf import verify_gguf
+from qcbguard_plugins.pipeline.verify import verify
 from tests.helpers.gguf_files import IMATRIX, QUANTIZE, TREE, needs_llama_cpp
 from tests.helpers.llama_cpp import GUARD, GUARDS, OPTIONS, PROVEN, convert, quantize, script_of
 
@@ -31,12 +32,12 @@ def test_a_folders_types_before_anything_is_converted(model_type: str, monkeypat
     )  # fmt: skip
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    shapes = [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
-    asked = folder_types(config, shapes, "Q4_K_M", OPTIONS)
+    asked = folder_targets(model, "Q4_K_M", OPTIONS)
     monkeypatch.setenv("PATH", "")
-    predicted = folder_types(config, shapes, "Q4_K_M", GgufOptions())
-    assert asked.types == predicted.types
-    assert len(asked.types) >= 9
+    predicted = folder_targets(model, "Q4_K_M", GgufOptions())
+    types = {name: target.formats for name, target in asked.targets.items()}
+    assert types == {name: target.formats for name, target in predicted.targets.items()}
+    assert len(types) >= 9
 
 
 class TestFolder:
@@ -44,26 +45,28 @@ class TestFolder:
     @pytest.mark.parametrize("method", ["stochastic", "feedback"])
     def test_guard_convert_quantize_verify(self, method: str, recipe: str, llama_folder: Path, tmp_path: Path) -> None:
         guarded = tmp_path / "guarded"
-        report = guard_checkpoint(llama_folder, guarded, [f"gguf:{recipe}"], GUARDS[method], gguf=OPTIONS)
+        report = guard_checkpoint(llama_folder, guarded, [f"gguf:{recipe}"], GUARDS[method], backends=[Ggml(OPTIONS)])
         assert {record.dtype for record in report.tensors} == {"float16"}
         assert len(report.tensors) == 15
-        assert (report.share_landed or 0) >= 0.99
+        assert (report.share_as_planned or 0) >= 0.99
         assert verify_checkpoint(guarded).clean
         converted = convert(script_of(TREE, tmp_path), guarded, tmp_path / "model.gguf", "--outtype", "f32")
-        assert verify_gguf(quantize(converted, recipe), plan=guarded).clean
+        assert verify(quantize(converted, recipe), plan=guarded).clean
 
     @pytest.mark.parametrize("outtype", ["f16", "bf16"])
     def test_the_outtype_of_the_conversion_is_part_of_the_plan(
         self, outtype: str, llama_folder: Path, tmp_path: Path
     ) -> None:
         options = GgufOptions(quantize_path=QUANTIZE, outtype=outtype)
-        guard_checkpoint(llama_folder, tmp_path / "guarded", ["gguf:Q4_K_M"], GUARD, gguf=options)
+        guard_checkpoint(llama_folder, tmp_path / "guarded", ["gguf:Q4_K_M"], GUARD, backends=[Ggml(options)])
         converted = convert(script_of(TREE, tmp_path), tmp_path / "guarded", tmp_path / "m.gguf", "--outtype", outtype)
-        assert verify_gguf(quantize(converted, "Q4_K_M"), plan=tmp_path / "guarded").clean
+        assert verify(quantize(converted, "Q4_K_M"), plan=tmp_path / "guarded").clean
 
     def test_with_another_toolchain_at_once(self, llama_folder: Path, tmp_path: Path) -> None:
-        report = guard_checkpoint(llama_folder, tmp_path / "guarded", ["nf4", "gguf:Q4_K_M"], GUARD, gguf=OPTIONS)
-        formats = {record.name: record.format for record in report.tensors}
+        report = guard_checkpoint(
+            llama_folder, tmp_path / "guarded", ["nf4", "gguf:Q4_K_M"], GUARD, backends=[Ggml(OPTIONS)]
+        )
+        formats = {record.name: ",".join(record.formats) for record in report.tensors}
         assert formats["model.layers.0.mlp.up_proj.weight"] == "gguf:Q4_K,nf4"
         assert formats["model.embed_tokens.weight"] == "gguf:Q6_K"
         assert verify_checkpoint(tmp_path / "guarded").clean
@@ -71,7 +74,7 @@ class TestFolder:
     def test_without_the_binary_the_types_are_predicted(
         self, llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        asked = guard_checkpoint(llama_folder, tmp_path / "asked", ["gguf:Q4_K_M"], GUARD, gguf=OPTIONS)
+        asked = guard_checkpoint(llama_folder, tmp_path / "asked", ["gguf:Q4_K_M"], GUARD, backends=[Ggml(OPTIONS)])
         monkeypatch.setenv("PATH", "")
         report = guard_checkpoint(llama_folder, tmp_path / "predicted", ["gguf:Q4_K_M"], GUARD)
         assert report.toolchain["types_from"].startswith("predicted")
@@ -99,15 +102,15 @@ def test_llama_imatrixs_own_file_is_read(llama_folder: Path, tmp_path: Path) -> 
     subprocess.run([*command, "-c", "64", "-ngl", "0"], check=True, capture_output=True)
     options = GgufOptions(quantize_path=QUANTIZE, imatrix_path=tmp_path / "i.gguf")
     report = guard_gguf(source, tmp_path / "guarded.gguf", "Q4_K_M", GUARD, options=options)
-    assert (report.share_landed or 0) >= 0.98
-    assert verify_gguf(quantize(tmp_path / "guarded.gguf", "Q4_K_M", "--imatrix", str(tmp_path / "i.gguf"))).clean
+    assert (report.share_as_planned or 0) >= 0.98
+    assert verify(quantize(tmp_path / "guarded.gguf", "Q4_K_M", "--imatrix", str(tmp_path / "i.gguf"))).clean
 
 
 @pytest.mark.parametrize("recipe", PROVEN)
 def test_llama_cpp_generates_from_the_result(recipe: str, llama_folder: Path, tmp_path: Path) -> None:
     xllamacpp = pytest.importorskip("xllamacpp")
     guarded = tmp_path / "guarded"
-    guard_checkpoint(llama_folder, guarded, [f"gguf:{recipe}"], GUARD, gguf=OPTIONS)
+    guard_checkpoint(llama_folder, guarded, [f"gguf:{recipe}"], GUARD, backends=[Ggml(OPTIONS)])
     source = convert(script_of(TREE, tmp_path), guarded, tmp_path / "model.gguf", "--outtype", "f32")
     parameters = xllamacpp.CommonParams()
     parameters.model.path = str(quantize(source, recipe))

@@ -20,7 +20,7 @@ from qcbguard_plugins.cli import main
 from qcbguard_plugins.errors import UnguardableError
 from qcbguard_plugins.pipeline.gguf_guard import guard_gguf
 from qcbguard_plugins.pipeline.gguf_plan import make_gguf_plan, model_shape
-from qcbguard_plugins.pipeline.verify_gguf import verify_gguf
+from qcbguard_plugins.pipeline.verify import verify
 from tests.helpers.gguf_files import QUANTIZE, needs_llama_cpp, normal, write_imatrix, write_model
 from tests.helpers.llama_cpp import GUARD, OPTIONS, PROVEN, quantize
 
@@ -68,36 +68,36 @@ class TestGgufFile:
         targets = {record.name for record in report.tensors}
         for name in before.tensors:
             assert bool((before.read_bytes(name) == after.read_bytes(name)).all()) == (name not in targets)
-        verdict = verify_gguf(quantize(target, recipe))
+        verdict = verify(quantize(target, recipe))
         assert verdict.clean and verdict.num_as_planned == len(targets) == 8
-        assert (report.share_landed or 0) >= 0.99
+        assert (report.share_as_planned or 0) >= 0.99
         assert "--dry-run, version" in report.toolchain["types_from"]
 
     def test_guarding_again_replaces_the_provenance(self, model: Path, tmp_path: Path) -> None:
         guard_gguf(model, tmp_path / "once.gguf", "Q4_0", GUARD, options=OPTIONS)
         guard_gguf(tmp_path / "once.gguf", tmp_path / "twice.gguf", "Q4_K_M", GUARD, options=OPTIONS)
-        assert verify_gguf(quantize(tmp_path / "twice.gguf", "Q4_K_M")).format == "gguf:Q4_K_M"
+        assert verify(quantize(tmp_path / "twice.gguf", "Q4_K_M")).format == "gguf:Q4_K_M"
 
     def test_stacked_experts(self, tmp_path: Path) -> None:
         source = write_model(tmp_path / "model.gguf", num_experts=4)
         report = guard_gguf(source, tmp_path / "guarded.gguf", "Q4_K_M", GUARD, options=OPTIONS)
         assert {record.shape for record in report.tensors if "exps" in record.name} == {(2048, 256), (1024, 512)}
-        assert verify_gguf(quantize(tmp_path / "guarded.gguf", "Q4_K_M")).clean
+        assert verify(quantize(tmp_path / "guarded.gguf", "Q4_K_M")).clean
 
     def test_rows_that_256_does_not_divide_are_guarded_on_the_fallback(self, tmp_path: Path) -> None:
         source = write_model(tmp_path / "model.gguf", hidden=320, ffn=96)
         report = guard_gguf(source, tmp_path / "guarded.gguf", "Q4_K_M", GUARD, options=OPTIONS)
-        assert {record.format for record in report.tensors} == {"gguf:Q5_0", "gguf:Q8_0"}
-        assert verify_gguf(quantize(tmp_path / "guarded.gguf", "Q4_K_M")).clean
+        assert {",".join(record.formats) for record in report.tensors} == {"gguf:Q5_0", "gguf:Q8_0"}
+        assert verify(quantize(tmp_path / "guarded.gguf", "Q4_K_M")).clean
 
     def test_the_users_own_flags(self, model: Path, tmp_path: Path) -> None:
         flags = ("--tensor-type", "attn_q=q5_1", "--output-tensor-type", "q8_0")
         options = GgufOptions(quantize_path=QUANTIZE, quantize_args=flags)
         report = guard_gguf(model, tmp_path / "guarded.gguf", "Q4_K_M", GUARD, options=options)
-        types = {record.name: record.format for record in report.tensors}
+        types = {record.name: ",".join(record.formats) for record in report.tensors}
         assert types["blk.0.attn_q.weight"] == "gguf:Q5_1"
-        assert verify_gguf(quantize(tmp_path / "guarded.gguf", "Q4_K_M", *flags)).clean
-        assert not verify_gguf(quantize(tmp_path / "guarded.gguf", "Q4_K_M")).clean
+        assert verify(quantize(tmp_path / "guarded.gguf", "Q4_K_M", *flags)).clean
+        assert not verify(quantize(tmp_path / "guarded.gguf", "Q4_K_M")).clean
         unknown = GgufOptions(quantize_path=QUANTIZE, quantize_args=("--tensor-type", "attn_q=iq3_s"))
         with pytest.raises(UnguardableError, match=r"attn_q\.weight  IQ3_S"):
             make_gguf_plan(model, "Q4_K_M", unknown)
@@ -105,7 +105,7 @@ class TestGgufFile:
     def test_ignored_tensors_are_listed_and_left_alone(self, model: Path, tmp_path: Path) -> None:
         report = guard_gguf(model, tmp_path / "g.gguf", "Q4_K_M", GUARD, options=OPTIONS, ignore=["blk.0.*"])
         assert len(report.unguarded) == 7
-        verdict = verify_gguf(quantize(tmp_path / "g.gguf", "Q4_K_M"))
+        verdict = verify(quantize(tmp_path / "g.gguf", "Q4_K_M"))
         assert verdict.clean and len(verdict.unguarded) == 7
 
     def test_a_file_larger_than_memory_is_streamed(self, tmp_path: Path) -> None:
@@ -134,12 +134,12 @@ class TestVerifyFindsOut:
         return tmp_path / "guarded.gguf"
 
     def test_the_wrong_file(self, guarded: Path, model: Path) -> None:
-        verdict = verify_gguf(quantize(model, "Q4_K_M"), plan=guarded)
+        verdict = verify(quantize(model, "Q4_K_M"), plan=guarded)
         assert verdict.num_as_planned == 0
         assert {tensor.reason for tensor in verdict.tensors} == {"other codes than planned"}
 
     def test_another_type(self, guarded: Path) -> None:
-        verdict = verify_gguf(quantize(guarded, "Q5_K_M"))
+        verdict = verify(quantize(guarded, "Q5_K_M"))
         assert "stored as Q5_K, planned as Q4_K" in {tensor.reason for tensor in verdict.tensors}
 
     def test_an_importance_matrix_that_was_not_planned(self, model: Path, tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ class TestVerifyFindsOut:
         names = [f"blk.{i}.attn_{part}.weight" for i in range(2) for part in ("q", "k", "v", "output")]
         columns = {name: normal(256, seed=i, std=1.0).abs() ** 4 + 1e-3 for i, name in enumerate(names)}
         matrix = write_imatrix(tmp_path / "i.gguf", columns)
-        verdict = verify_gguf(quantize(tmp_path / "guarded.gguf", "Q5_K_S", "--imatrix", str(matrix)))
+        verdict = verify(quantize(tmp_path / "guarded.gguf", "Q5_K_S", "--imatrix", str(matrix)))
         failed = [tensor for tensor in verdict.tensors if not tensor.as_planned]
         assert failed and {tensor.name for tensor in failed} <= set(names)
         assert all("i.gguf, and planned without one" in tensor.reason for tensor in failed)
@@ -166,9 +166,9 @@ class TestVerifyFindsOut:
         guarded = tmp_path / "guarded.gguf"
         report = guard_gguf(model, guarded, "Q4_K_M", GUARD, options=options)
         assert report.toolchain["imatrix_sha256"]
-        assert verify_gguf(quantize(guarded, "Q4_K_M", "--imatrix", str(planned))).clean
-        assert not verify_gguf(quantize(guarded, "Q4_K_M", "--imatrix", str(other))).clean
-        missing = verify_gguf(quantize(guarded, "Q4_K_M"))
+        assert verify(quantize(guarded, "Q4_K_M", "--imatrix", str(planned))).clean
+        assert not verify(quantize(guarded, "Q4_K_M", "--imatrix", str(other))).clean
+        missing = verify(quantize(guarded, "Q4_K_M"))
         assert any("without an importance matrix, and planned with one" in tensor.reason for tensor in missing.tensors)
 
 

@@ -70,15 +70,15 @@ def test_the_manifest_tells_what_was_done(llama: Path, tmp_path: Path) -> None:
     assert file.sha256_in == hash_file(llama / file.name)
     assert file.sha256_out == hash_file(target / file.name)
     assert (report.method, report.parameters) == ("feedback", {"width": "auto", "draws": 8, "damp_percent": 0.1})
-    assert all(record.settled["width"] in WIDTHS for record in report.tensors)
+    assert all(record.chosen["width"] in WIDTHS for record in report.tensors)
     assert report.seed == 1
     assert report.calibration is not None
     assert report.calibration["num_sequences"] == 4
     assert {"torch", "transformers", "bitsandbytes", "python"} <= report.versions.keys()
     before = open_checkpoint(llama)
     for record in report.tensors:
-        codes = stock_codes(before.read(record.key), "fp4")
-        planned = stock_codes(open_checkpoint(target).read(record.key), "fp4")
+        codes = stock_codes(before.read(record.key), get_grid("fp4"))
+        planned = stock_codes(open_checkpoint(target).read(record.key), get_grid("fp4"))
         assert record.num_moved == int((codes != planned).sum())
 
 
@@ -131,7 +131,9 @@ def test_a_coarser_dtype_in_the_configuration_is_planned_for(dtype: str, llama: 
         assert {(record.dtype, record.read_dtype) for record in report.tensors} == {("float32", dtype)}
         for record in report.tensors:
             weight = open_checkpoint(target).read(record.key)
-            assert torch.equal(stock_codes(weight, "int8"), stock_codes(weight.to(getattr(torch, dtype)), "int8"))
+            assert torch.equal(
+                stock_codes(weight, get_grid("int8")), stock_codes(weight.to(getattr(torch, dtype)), get_grid("int8"))
+            )
 
 
 class TestVerify:
@@ -271,7 +273,7 @@ class TestSeveralFormats:
     def test_one_folder_serves_both(self, llama: Path, tmp_path: Path) -> None:
         target = tmp_path / "guarded"
         report = guard_checkpoint(llama, target, ["nf4", "int8"], Guard(Stochastic(), seed=1))
-        assert {record.format for record in report.tensors} == {"nf4,int8"}
+        assert {",".join(record.formats) for record in report.tensors} == {"nf4,int8"}
         assert verify_checkpoint(target).clean
         original, guarded = open_checkpoint(llama), open_checkpoint(target)
         for record in report.tensors:

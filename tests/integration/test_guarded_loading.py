@@ -26,7 +26,7 @@ from qcbguard_plugins import (
 )
 from qcbguard_plugins.checkpoint.provenance import PROVENANCE_KEY
 from qcbguard_plugins.errors import CalibrationError, CheckpointError, UnguardableError, UsageError, VerificationError
-from qcbguard_plugins.hooks.transformers.on_the_fly import GuardMixin
+from qcbguard_plugins.hooks.transformers.on_the_fly import GuardedHfQuantizerMixin
 from tests.conftest import SHAPES
 
 MODES: dict[str, dict[str, Any]] = {
@@ -269,13 +269,13 @@ class TestFailsClosed:
 
     def test_a_tensor_that_bypasses_the_guard_is_found_out(self, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """A transformers that stopped asking us for some tensors must not go unnoticed."""
-        compare = GuardMixin.compare_with_plan
+        compare = GuardedHfQuantizerMixin.compare_with_plan
 
         def forgetful(self: Any, parameter: Any, record: Any) -> None:
             if "layers.1.mlp" not in record.name:
                 compare(self, parameter, record)
 
-        monkeypatch.setattr(GuardMixin, "compare_with_plan", forgetful)
+        monkeypatch.setattr(GuardedHfQuantizerMixin, "compare_with_plan", forgetful)
         with pytest.raises(UnguardableError, match=r"3 tensors were quantized without passing the guard"):
             load(llama, GuardedBitsAndBytesConfig(**MODES["nf4"], guard="stochastic"))
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qcbguard_plugins import FlipGuard, Guard, Stochastic, guard_checkpoint, verify_checkpoint
 from qcbguard_plugins.backends.formats import get_grid
-from qcbguard_plugins.checkpoint import TensorEntry, Workspace, partial_of
+from qcbguard_plugins.checkpoint import FolderStaging, TensorEntry, partial_of
 from qcbguard_plugins.checkpoint.journal import hash_bytes
 from qcbguard_plugins.defenses import Defense
 from qcbguard_plugins.errors import UnguardableError, VerificationError
@@ -58,16 +58,16 @@ def test_a_disk_that_changes_a_weight_is_found_out(
     threads: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What was written is read back from the file, whatever the memory still holds."""
-    original = Workspace.write_part
+    original = FolderStaging.write_part
     spoilt = "model.layers.1.mlp.up_proj.weight"
 
-    def write_part(self: Workspace, entry: TensorEntry, first: int, part: Tensor) -> None:
+    def write_part(self: FolderStaging, entry: TensorEntry, first: int, part: Tensor) -> None:
         if entry.key == spoilt and first > 0:
             part = part.clone()
             part[5] = -4 * part[5] + 1
         original(self, entry, first, part)
 
-    monkeypatch.setattr(Workspace, "write_part", write_part)
+    monkeypatch.setattr(FolderStaging, "write_part", write_part)
     with pytest.raises(VerificationError, match=spoilt):
         guard_checkpoint(folder, tmp_path / "guarded", ["nf4"], Guard(Stochastic(), seed=SEED))
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
@@ -87,13 +87,13 @@ def test_the_journal_has_the_hashes_of_whole_tensors(
 ) -> None:
     """A resumed run compares them with what it reads, whatever the segments then."""
     noted = {}
-    original = Workspace.finish
+    original = FolderStaging.finish
 
-    def finish(self: Workspace, entry: TensorEntry, source: str, guarded: str, record: object) -> None:
+    def finish(self: FolderStaging, entry: TensorEntry, source: str, guarded: str, record: object) -> None:
         noted[entry.key] = (source, guarded)
         original(self, entry, source, guarded, record)
 
-    monkeypatch.setattr(Workspace, "finish", finish)
+    monkeypatch.setattr(FolderStaging, "finish", finish)
     guard_checkpoint(folder, tmp_path / "guarded", ["nf4"], Guard(Stochastic(), seed=SEED))
     for number, made in enumerate((folder, tmp_path / "guarded")):
         for key, weight in load_file(made / "model.safetensors").items():

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from qcbguard_plugins import Calibration, Feedback, Guard, QuantGuard, Stochastic, guard_checkpoint, verify_checkpoint
-from qcbguard_plugins.checkpoint import Workspace, partial_of
+from qcbguard_plugins.checkpoint import FolderStaging, partial_of
 from qcbguard_plugins.cli import main
 from qcbguard_plugins.defenses import Defense
 from qcbguard_plugins.errors import CheckpointError, TargetExistsError, UsageError
@@ -43,20 +43,20 @@ class _Interrupted(BaseException):
 @pytest.fixture
 def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """End every run after some tensors, once called."""
-    original = Workspace.finish
+    original = FolderStaging.finish
 
     def after(num_tensors: int) -> None:
         left = num_tensors
 
-        def finish(self: Workspace, *args: object) -> None:
+        def finish(self: FolderStaging, *args: object) -> None:
             nonlocal left
             if left == 0:
-                monkeypatch.setattr(Workspace, "finish", original)
+                monkeypatch.setattr(FolderStaging, "finish", original)
                 raise _Interrupted
             left -= 1
             original(self, *args)
 
-        monkeypatch.setattr(Workspace, "finish", finish)
+        monkeypatch.setattr(FolderStaging, "finish", finish)
 
     return after
 
@@ -236,13 +236,13 @@ class TestResumedRuns:
 class TestTroubleDuringTheRun:
     def test_a_source_that_changes(self, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         source, target = shutil.copytree(llama, tmp_path / "source"), tmp_path / "guarded"
-        original = Workspace.finish
+        original = FolderStaging.finish
 
-        def finish(self: Workspace, *args: object) -> None:
+        def finish(self: FolderStaging, *args: object) -> None:
             os.utime(source / "model.safetensors", ns=(0, 0))
             original(self, *args)
 
-        monkeypatch.setattr(Workspace, "finish", finish)
+        monkeypatch.setattr(FolderStaging, "finish", finish)
         with pytest.raises(CheckpointError, match="changed while it was read"):
             guard_checkpoint(source, target, ["nf4"], GUARD)
         assert [path.name for path in tmp_path.iterdir()] == ["source"]
@@ -278,13 +278,13 @@ class TestTroubleDuringTheRun:
         target = tmp_path / "guarded"
         code = (
             "import os, signal, sys\n"
-            "from qcbguard_plugins.checkpoint import Workspace\n"
-            "original = Workspace.finish\n"
+            "from qcbguard_plugins.checkpoint import FolderStaging\n"
+            "original = FolderStaging.finish\n"
             "def finish(self, *args):\n"
             "    original(self, *args)\n"
             "    if os.environ['RANK'] == '1':\n"
             "        os.kill(os.getpid(), signal.SIGKILL)\n"
-            "Workspace.finish = finish\n"
+            "FolderStaging.finish = finish\n"
             "from qcbguard_plugins.cli import run\n"
             "run()\n"
         )

@@ -94,7 +94,7 @@ class TestJudge:
     @pytest.mark.parametrize("name", FORMATS)
     def test_it_says_what_bitsandbytes_stores(self, name: str, shape: tuple[int, int]) -> None:
         checked, weight = CheckedCodes(), weights_of("random", shape)
-        assert torch.equal(checked(weight, get_grid(name)), stock_codes(weight, name))
+        assert torch.equal(checked(weight, get_grid(name)), stock_codes(weight, get_grid(name)))
         assert not checked.differing
 
     @pytest.mark.parametrize("name", FORMATS)
@@ -110,7 +110,7 @@ class TestJudge:
         monkeypatch.setattr(bitsandbytes, "quantize", wrong)
         checked = CheckedCodes()
         for _ in range(2):
-            assert torch.equal(checked(weight, grid), stock_codes(weight, name))
+            assert torch.equal(checked(weight, grid), stock_codes(weight, get_grid(name)))
         assert calls == [name]
         assert f"not used, because it differs: {name}" in checked.describe()
 
@@ -120,11 +120,11 @@ class TestJudge:
         codes[0, -1] ^= 1
         monkeypatch.setattr(bitsandbytes, "quantize", lambda weight, grid: codes)
         checked = CheckedCodes()
-        assert torch.equal(checked(weight, grid), stock_codes(weight, "nf4"))
+        assert torch.equal(checked(weight, grid), stock_codes(weight, get_grid("nf4")))
         assert checked.differing == {"nf4"}
 
     def test_without_numba_bitsandbytes_answers(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(judge, "load_kernels", lambda: None)
         checked, weight = CheckedCodes(), weights_of("random", (33, 97))
-        assert torch.equal(checked(weight, get_grid("nf4")), stock_codes(weight, "nf4"))
+        assert torch.equal(checked(weight, get_grid("nf4")), stock_codes(weight, get_grid("nf4")))
         assert checked.describe() == "none: numba is not installed"

@@ -9,7 +9,7 @@ pytest.importorskip("numba")
 
 from qcbguard_plugins.backends.formats import get_grid
 from qcbguard_plugins.backends.ggml.grids import gguf_grid
-from qcbguard_plugins.defenses import Evidence, Feedback, feedback, rng_for
+from qcbguard_plugins.defenses import ChoiceContext, Feedback, feedback, rng_for
 from qcbguard_plugins.grids import Grid
 
 FORMATS = [
@@ -30,6 +30,6 @@ def test_the_loop_has_the_bits_of_torch(name: str, width: float, monkeypatch: py
     weight[3] = 0
     inputs = torch.randn(600, 512, generator=generator) @ torch.randn(512, 512, generator=generator)
     lattice, hessian = grid_of(name).lattice_of(weight), inputs.T @ inputs
-    compiled = Feedback(width=width).choose(lattice, Evidence(rng_for(0, "w"), hessian))
+    compiled = Feedback(width=width).choose(lattice, ChoiceContext(rng_for(0, "w"), hessian))
     monkeypatch.setattr(feedback, "_load_kernel", lambda: None)
-    assert torch.equal(compiled, Feedback(width=width).choose(lattice, Evidence(rng_for(0, "w"), hessian)))
+    assert torch.equal(compiled, Feedback(width=width).choose(lattice, ChoiceContext(rng_for(0, "w"), hessian)))

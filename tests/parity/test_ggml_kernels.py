@@ -77,7 +77,7 @@ def test_compiled_kernels_do_what_torch_does(name: str, dtype: torch.dtype) -> N
     weight, outcomes = hard_weight()[:, :256].contiguous().to(dtype), []
     for kernels in (None, load_kernels()):
         grid = gguf_grid(name)
-        grid.kernels, grid.min_landed = kernels, 0.0
+        grid.kernels, grid.min_as_planned = kernels, 0.0
         lattice = grid.lattice_of(weight)
         guarded = guard_weight(weight[9:], grid, get_defense("stochastic"), seed=0, name="w")
         outcomes.append((lattice, guarded))
@@ -86,7 +86,7 @@ def test_compiled_kernels_do_what_torch_does(name: str, dtype: torch.dtype) -> N
     torch.testing.assert_close(lattice.coordinate, torch_lattice.coordinate, rtol=0, atol=2e-5)
     assert torch.equal(compiled.weight, in_torch.weight)
     assert compiled.digest == in_torch.digest
-    counts = ("num_moved", "num_frozen", "num_landed")
+    counts = ("num_moved", "num_frozen", "num_as_planned")
     assert [getattr(compiled, n) for n in counts] == [getattr(in_torch, n) for n in counts]
     assert compiled.relative_change == pytest.approx(in_torch.relative_change, rel=1e-4)
 
@@ -157,6 +157,10 @@ def test_one_pass_gives_the_bits_of_torch(name: str, dtype: torch.dtype, kind: s
         return
     assert torch.equal(one.weight.view(torch.uint8), other.weight.view(torch.uint8))
     assert torch.equal(one.codes, other.codes)
-    assert (one.num_moved, one.num_frozen, one.num_landed) == (other.num_moved, other.num_frozen, other.num_landed)
+    assert (one.num_moved, one.num_frozen, one.num_as_planned) == (
+        other.num_moved,
+        other.num_frozen,
+        other.num_as_planned,
+    )
     assert one.digest == other.digest
     assert one.relative_change == pytest.approx(other.relative_change, rel=1e-4, abs=1e-12)

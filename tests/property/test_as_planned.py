@@ -68,7 +68,7 @@ def test_the_quantizer_stores_the_plan(weight: Tensor, name: str, defense: Defen
     assert torch.equal(weight, before)
     assert guarded.weight.dtype == weight.dtype
     assert guarded.weight.shape == weight.shape
-    assert torch.equal(stock_codes(guarded.weight, name), guarded.codes)
+    assert torch.equal(stock_codes(guarded.weight, get_grid(name)), guarded.codes)
 
 
 @settings(max_examples=60, deadline=None)
@@ -76,7 +76,7 @@ def test_the_quantizer_stores_the_plan(weight: Tensor, name: str, defense: Defen
 def test_four_bit_plans_survive_a_load_in_another_dtype(weight: Tensor, name: str, seed: int) -> None:
     guarded = _guard(weight, name, Stochastic(), seed)
     for dtype in DTYPES:
-        assert torch.equal(stock_codes(guarded.weight.to(dtype), name), guarded.codes), dtype
+        assert torch.equal(stock_codes(guarded.weight.to(dtype), get_grid(name)), guarded.codes), dtype
 
 
 @settings(max_examples=60, deadline=None)
@@ -164,7 +164,7 @@ def test_a_few_dead_rows_do_not_stop_the_guard() -> None:
     weight[6] = weight[6] * 1e-7
     guarded = guard_weight(weight, get_grid("nf4"), Stochastic(), seed=0, name="w")
     assert torch.equal(guarded.weight[5:7], weight[5:7])
-    assert torch.equal(stock_codes(guarded.weight, "nf4"), guarded.codes)
+    assert torch.equal(stock_codes(guarded.weight, get_grid("nf4")), guarded.codes)
 
 
 @pytest.mark.parametrize(

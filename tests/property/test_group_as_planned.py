@@ -61,7 +61,7 @@ def test_the_planned_scale_is_found_again(num_bits: int, symmetric: bool, kind: 
     """And with it, without symmetry, every weight lies on the grid: nothing is left for GPTQ to feed forward."""
     grid = AffineGrid(num_bits, 64, symmetric)
     weight = weight_of(kind, 0)
-    planned = grid.lattice(grid.settle(weight.view(-1, 64)), (16, 256), torch.float32)
+    planned = grid.lattice(grid.move_scale_holders(weight.view(-1, 64)), (16, 256), torch.float32)
     guarded = guard_weight(weight, grid, Stochastic(), seed=0, name="weight")
     found = grid.lattice_of(guarded.weight)
     assert torch.allclose(found.scale, planned.scale, rtol=1e-6)
@@ -74,7 +74,7 @@ def test_the_ends_of_a_group_stay_where_the_quantizer_stores_them() -> None:
     """Moving the ends onto the grid changes no stored value but at exact ties."""
     grid = AffineGrid(4, 32, symmetric=False)
     blocks = weight_of("shifted", 3).view(-1, 32)
-    before, after = (grid.lattice(b, (16, 256), torch.float32) for b in (blocks, grid.settle(blocks)))
+    before, after = (grid.lattice(b, (16, 256), torch.float32) for b in (blocks, grid.move_scale_holders(blocks)))
     ends = before.frozen
     assert torch.allclose(
         before.dequantize(before.nearest)[ends], after.dequantize(after.nearest)[ends], rtol=1e-5, atol=1e-8

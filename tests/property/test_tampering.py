@@ -10,11 +10,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from qcbguard_plugins import Guard, Stochastic, guard_checkpoint, verify_checkpoint
+from qcbguard_plugins.backends.ggml.artifact import stored_digest
 from qcbguard_plugins.checkpoint import open_checkpoint
 from qcbguard_plugins.checkpoint.gguf_reader import open_gguf
 from qcbguard_plugins.checkpoint.provenance import GGUF_PROVENANCE_KEY
 from qcbguard_plugins.errors import CheckpointError
-from qcbguard_plugins.pipeline.verify_gguf import stored_digest, verify_gguf
+from qcbguard_plugins.pipeline.verify import verify
 from tests.helpers.gguf_files import write_quantized
 from tests.hostile.fuzz.gguf_targets import manifest_of
 
@@ -78,7 +79,7 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = open_gguf(path)
     digests = {name: stored_digest(file, tensor) for name, tensor in file.tensors.items()}
     write_quantized(path, TYPES, {GGUF_PROVENANCE_KEY: manifest_of("gguf:Q4_0", digests, TYPES)})
-    assert verify_gguf(path).clean
+    assert verify(path).clean
     return path
 
 
@@ -93,7 +94,7 @@ def test_a_changed_byte_of_a_quantized_tensor(data: st.DataObject, quantized: Pa
     changed[place] ^= data.draw(st.integers(1, 255))
     copy = quantized.with_name("changed.gguf")
     copy.write_bytes(changed)
-    assert not verify_gguf(copy).clean
+    assert not verify(copy).clean
 
 
 def test_tensors_that_change_places(tmp_path: Path) -> None:
@@ -112,4 +113,4 @@ def test_tensors_that_change_places(tmp_path: Path) -> None:
     for tensor, other in zip(file.tensors.values(), (second, first), strict=True):
         content[tensor.begin : tensor.begin + tensor.num_bytes] = other
     path.write_bytes(content)
-    assert verify_gguf(path).num_as_planned == 0
+    assert verify(path).num_as_planned == 0

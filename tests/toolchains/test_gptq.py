@@ -18,7 +18,7 @@ from qcbguard_plugins.cli import main
 from qcbguard_plugins.errors import CheckpointError, UnguardableError, UsageError, VerificationError
 from qcbguard_plugins.hooks.gptqmodel import let_gptqmodel_run_on_few_cores
 from qcbguard_plugins.models.calibration import builtin_texts
-from qcbguard_plugins.pipeline.verify_gptq import verify_gptq
+from qcbguard_plugins.pipeline.verify import verify
 from tests.conftest import ROOT
 
 let_gptqmodel_run_on_few_cores()
@@ -73,13 +73,13 @@ def test_loading_guarded_equals_guarding_the_folder(name: str, llama: Path, tmp_
     found = in_flight.hf_quantizer.guard_report
     assert found.codes_sha256 == report.codes_sha256
     assert found.coverage == "14 of 14 target tensors guarded"
-    assert found.share_landed >= landed
+    assert found.share_as_planned >= landed
     assert type(in_flight.config.quantization_config) is GPTQConfig
 
     by_folder.save_pretrained(tmp_path / "quantized")
-    verified = verify_gptq(tmp_path / "quantized", plan=tmp_path / "guarded")
+    verified = verify(tmp_path / "quantized", plan=tmp_path / "guarded")
     assert verified.clean
-    assert verified.share_landed == found.share_landed
+    assert verified.share_as_planned == found.share_as_planned
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("gptq") / "saved"
     model = load(MODEL, GuardedGPTQConfig(**arguments(MODEL), guard=GUARDS["stochastic"]))
-    assert model.hf_quantizer.guard_report.share_landed > 0.99
+    assert model.hf_quantizer.guard_report.share_as_planned > 0.99
     model.save_pretrained(folder)
     return folder
 
@@ -127,14 +127,14 @@ def test_the_command_line_compares_a_saved_model_with_its_plan(saved: Path, guar
 def test_other_codes_are_a_finding(saved: Path, guarded: Path, tmp_path: Path) -> None:
     """Quantized from the unguarded model: the same settings, and not the plan."""
     load(MODEL, GPTQConfig(**arguments(MODEL))).save_pretrained(tmp_path / "stock")
-    report = verify_gptq(tmp_path / "stock", plan=guarded)
+    report = verify(tmp_path / "stock", plan=guarded)
     assert report.num_as_planned == 0
     assert "of the codes are those planned" in report.tensors[0].reason
     guard_checkpoint(MODEL, tmp_path / "guarded", ["gptq-w3g128"], GUARDS["stochastic"])
     with pytest.raises(UsageError, match="groups of"):
-        verify_gptq(tmp_path / "stock", plan=tmp_path / "guarded")
+        verify(tmp_path / "stock", plan=tmp_path / "guarded")
     with pytest.raises(CheckpointError, match="no folder of a model that was quantized"):
-        verify_gptq(guarded, plan=guarded)
+        verify(guarded, plan=guarded)
 
 
 class TestDirectly:
@@ -152,13 +152,13 @@ class TestDirectly:
 
     def test_a_guarded_folder_comes_through(self, guarded: Path, tmp_path: Path) -> None:
         self.quantize(self.load(guarded), tmp_path / "quantized")
-        assert verify_gptq(tmp_path / "quantized", plan=guarded).clean
+        assert verify(tmp_path / "quantized", plan=guarded).clean
 
     def test_columns_sorted_by_their_inputs_come_through_where_the_groups_stay(
         self, guarded: Path, tmp_path: Path
     ) -> None:
         self.quantize(self.load(guarded, desc_act=True, static_groups=True), tmp_path / "quantized")
-        assert verify_gptq(tmp_path / "quantized", plan=guarded).clean
+        assert verify(tmp_path / "quantized", plan=guarded).clean
 
     def test_guarding_in_place_equals_nothing_else_but_the_guard(self, tmp_path: Path) -> None:
         from qcbguard_plugins.hooks.gptqmodel import guard_gptq_model

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 
 from qcbguard_plugins.cli import main
 from qcbguard_plugins.errors import CheckpointError, UsageError
-from qcbguard_plugins.pipeline.verify_export import verify_export
+from qcbguard_plugins.pipeline.verify import verify
 
 pytest.importorskip(
     "optimum.onnxruntime", reason="it pins transformers below 4.58; .ci/test-optimum-onnx runs these tests"
@@ -62,7 +62,7 @@ def test_the_quantized_file_holds_the_planned_codes(format_name: str, untied: Pa
     method = "feedback" if format_name == "onnx:int8" else "stochastic"
     export(untied, tmp_path / "onnx", "--guard-for", format_name, "--guard-method", method)
     quantized = quantize(tmp_path / "onnx", tmp_path / "quantized", SETTINGS[format_name])
-    report = verify_export(quantized, plan=tmp_path / "onnx")
+    report = verify(quantized, plan=tmp_path / "onnx")
     assert report.clean, [verdict for verdict in report.tensors if not verdict.as_planned]
     assert len(report.tensors) == 16
     assert main(["verify", str(quantized), "--plan", str(tmp_path / "onnx")]) == 0
@@ -73,10 +73,10 @@ def test_other_codes_are_a_finding(untied: Path, tmp_path: Path) -> None:
     other = quantize(tmp_path / "onnx", tmp_path / "other", SETTINGS["onnx:uint8"])
     assert main(["verify", str(other), "--plan", str(tmp_path / "onnx")]) == 1
     with pytest.raises(CheckpointError, match="no quantized weight"):
-        verify_export(tmp_path / "onnx" / "model.onnx")
+        verify(tmp_path / "onnx" / "model.onnx")
     (tmp_path / "broken.onnx").write_bytes(b"\xff" * 64)
     with pytest.raises(CheckpointError, match="cannot be read"):
-        verify_export(tmp_path / "broken.onnx", plan=tmp_path / "onnx")
+        verify(tmp_path / "broken.onnx", plan=tmp_path / "onnx")
 
 
 def test_a_plan_for_something_else_is_refused(untied: Path, tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_a_plan_for_something_else_is_refused(untied: Path, tmp_path: Path) -> N
     assert done.returncode == 0, done.stderr
     assert "guarded for openvino:int8" in done.stdout
     with pytest.raises(UsageError, match="not for onnx"):
-        verify_export(tmp_path / "model.onnx", plan=tmp_path / "guarded")
+        verify(tmp_path / "model.onnx", plan=tmp_path / "guarded")
 
 
 def test_the_commands_are_offered_and_errors_are_exit_codes(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 
 from qcbguard_plugins.cli import main
 from qcbguard_plugins.errors import CheckpointError, UsageError
-from qcbguard_plugins.pipeline.verify_export import verify_export
+from qcbguard_plugins.pipeline.verify import verify
 
 pytest.importorskip(
     "optimum.intel.openvino", reason="it pins transformers below 5.6; .ci/test-optimum-openvino runs these tests"
@@ -62,7 +62,7 @@ def test_the_export_holds_the_planned_codes(format_name: str, model: Path, tmp_p
     method = "feedback" if format_name == "openvino:int4-g32" else "stochastic"
     done = export(model, tmp_path / "export", *SETTINGS[format_name], "--guard-method", method)
     assert done.returncode == 0, done.stderr
-    report = verify_export(tmp_path / "export")
+    report = verify(tmp_path / "export")
     assert report.clean, [verdict for verdict in report.tensors if not verdict.as_planned]
     assert report.format == format_name
     assert len(report.tensors) >= 15
@@ -78,7 +78,7 @@ def test_a_stock_export_is_not_the_plan(model: Path, tmp_path: Path) -> None:
     assert main(["guard", str(model), "--for", "openvino:int8", "--method", "stochastic", "--out", str(guarded)]) == 0
     assert main(["verify", str(tmp_path / "stock"), "--plan", str(guarded)]) == 1
     with pytest.raises(CheckpointError, match=r"no qcbguard\.json"):
-        verify_export(tmp_path / "stock")
+        verify(tmp_path / "stock")
 
 
 @pytest.mark.parametrize(

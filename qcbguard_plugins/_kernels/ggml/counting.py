@@ -126,15 +126,15 @@ def choose(coordinate, draws, last, codes):
 @kernel
 def compare(
     size, levels, even, codes, scales, offsets, chosen_codes, chosen_scales, chosen_offsets, half_step, per_unit,
-    landed, misses,
+    as_planned, misses,
 ):  # fmt: skip
     """Count by unit what is stored as chosen, and sum up by how many steps the rest misses, squared.
 
     A weight is stored as chosen within ``half_step`` chosen scales of the chosen value, and in a sub-block that holds
-    one value only. ``landed`` and ``misses`` are the outcome.
+    one value only. ``as_planned`` and ``misses`` are the outcome.
     """
-    for unit in range(len(landed)):
-        landed[unit], misses[unit] = 0, ZERO
+    for unit in range(len(as_planned)):
+        as_planned[unit], misses[unit] = 0, ZERO
     for block in range(len(scales)):
         scale, offset = scales[block], offsets[block]
         chosen_scale, chosen_offset = chosen_scales[block], chosen_offsets[block]
@@ -152,7 +152,7 @@ def compare(
                 stored = _level(levels, even, codes[block, i]) * scale + offset
                 chosen = _level(levels, even, chosen_codes[block, i]) * chosen_scale + chosen_offset
                 squares += ((stored - chosen) / reach) * ((stored - chosen) / reach)
-        landed[block // per_unit] += count
+        as_planned[block // per_unit] += count
         misses[block // per_unit] += squares
 
 

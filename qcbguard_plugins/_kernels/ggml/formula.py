@@ -209,14 +209,14 @@ def _encode(
     """Fill the codes that are stored; returns how many of them stand for the value that was chosen."""
     inverse = ONE / divisor if divisor != ZERO else ZERO
     reach = abs(scale) * np.float32(0.5)
-    num_landed = np.int32(0)
+    num_as_planned = np.int32(0)
     for i in range(SIZE):
         code = np.int32(code_of(points[row, i], inverse, base, top, with_offset))
         stored = (np.float32(code) + lowest_level) * scale + offset
         value = (np.float32(wanted[row, i]) + lowest_level) * scale + offset
-        num_landed += np.int32(abs(stored - value) <= reach)
+        num_as_planned += np.int32(abs(stored - value) <= reach)
         codes[block, i] = np.uint8(code)
-    return num_landed if reach != ZERO else np.int32(SIZE)
+    return num_as_planned if reach != ZERO else np.int32(SIZE)
 
 
 @statistic

@@ -1,4 +1,4 @@
-"""The compiled forms of what grids and landing do, on tensors."""
+"""The compiled forms of what the grids and the search do, on tensors."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ import torch
 from torch import Tensor
 
 from qcbguard_plugins._kernels.float16 import DTYPES
-from qcbguard_plugins._kernels.ggml import coordinates as places
-from qcbguard_plugins._kernels.ggml import counting as landing
-from qcbguard_plugins._kernels.ggml import formula
+from qcbguard_plugins._kernels.ggml import coordinates, counting, formula
 from qcbguard_plugins._util.compiler import Array
-from qcbguard_plugins._util.random import split_key, uniform_draws
+from qcbguard_plugins._util.random import split_key, uniform
 from qcbguard_plugins.grids.base import Lattice
 from qcbguard_plugins.grids.ggml import GgmlGrid, GuardedRun
 from qcbguard_plugins.grids.ggml_blocks import IQ4_LEVELS, StoredBlocks
@@ -45,11 +43,11 @@ def _levels(grid: GgmlGrid) -> tuple[Array, bool]:
 class NumbaKernels:
     """Implements :class:`qcbguard_plugins.grids.ggml.Kernels`."""
 
-    def place(self, grid: GgmlGrid, blocks: Tensor, stored: StoredBlocks, /) -> tuple[Tensor, Tensor]:
+    def coordinates(self, grid: GgmlGrid, blocks: Tensor, stored: StoredBlocks, /) -> tuple[Tensor, Tensor]:
         size, (levels, even) = grid.block_type.sub_block_size, _levels(grid)
         widths = _EMPTY if even else (1 / grid.levels.diff()).numpy()
         coordinate, frozen = torch.empty_like(blocks), torch.empty_like(blocks, dtype=torch.bool)
-        places.place_searched(
+        coordinates.place_searched(
             _each(blocks, size), size, _flat(stored.scale), _flat(stored.offset),
             grid.block_type.has_offset, levels, widths, _each(coordinate, size), _each(frozen, size),
         )  # fmt: skip
@@ -60,7 +58,7 @@ class NumbaKernels:
         coordinate, frozen = torch.empty_like(blocks), torch.empty_like(blocks, dtype=torch.bool)
         codes = torch.empty_like(blocks, dtype=torch.uint8)
         per_block = [torch.empty(num_blocks, 1) for _ in range(4)]
-        places.place_by_formula(
+        coordinates.place_by_formula(
             _each(blocks, size), size, np.float32(grid.block_type.levels[0]), np.float32(grid.lowest_code),
             np.float32(grid.num_levels - 1), with_offset, _each(codes, size), *map(_flat, per_block),
             _each(coordinate, size), _each(frozen, size),
@@ -74,7 +72,7 @@ class NumbaKernels:
     def formula_stored(self, grid: GgmlGrid, blocks: Tensor, /) -> StoredBlocks:
         size, codes = blocks.shape[1], torch.empty_like(blocks, dtype=torch.uint8)
         scale, offset = torch.empty(len(blocks), 1), torch.empty(len(blocks), 1)
-        places.encode_by_formula(
+        coordinates.encode_by_formula(
             _each(blocks, size), size, np.float32(grid.block_type.levels[0]), np.float32(grid.num_levels - 1),
             grid.block_type.has_offset, _each(codes, size), _flat(scale), _flat(offset),
         )  # fmt: skip
@@ -101,36 +99,35 @@ class NumbaKernels:
                 source[run].reshape(-1), *halves, run.start * columns, *kind, target[run].reshape(-1),
                 stored[run].reshape(-1, formula.SIZE), packed, counts, sums,
             )  # fmt: skip
-            num_moved, num_frozen, num_landed = counts.tolist()
+            num_moved, num_frozen, num_as_planned = counts.tolist()
             energy, lost, change = sums.tolist()
-            return GuardedRun(packed, num_moved, num_frozen, num_landed, energy, lost, change, is_finite)
+            return GuardedRun(packed, num_moved, num_frozen, num_as_planned, energy, lost, change, is_finite)
 
         return guard
 
     def choose(self, lattice: Lattice, key: int, first: int, /) -> Tensor:
         codes = torch.empty_like(lattice.blocks, dtype=torch.uint8)
-        draws = uniform_draws(key, first, codes.numel(), codes.device)
+        draws = uniform(key, first, codes.numel(), codes.device)
         last = np.float32(lattice.grid.num_levels - 2)
-        landing.choose(_flat(lattice.coordinate), draws.numpy(), last, _flat(codes))
+        counting.choose(_flat(lattice.coordinate), draws.numpy(), last, _flat(codes))
         return codes
 
     def correct(
         self, grid: GgmlGrid, stored: StoredBlocks, chosen: StoredBlocks, share: float, handed_over: Tensor, /
     ) -> None:
         size = grid.block_type.sub_block_size
-        landing.correct(
+        counting.correct(
             size, *_levels(grid), np.float32(share), _each(stored.codes, size), _flat(stored.scale),
             _flat(stored.offset), _each(chosen.codes, size), _flat(chosen.scale), _flat(chosen.offset),
             handed_over.numpy().reshape(-1, size),
         )  # fmt: skip
 
-    def choose_points(self, lattice: Lattice, chosen: Tensor, /) -> tuple[Tensor, Tensor, int, int]:
-        assert isinstance(lattice.grid, GgmlGrid), "these are the kernels of GGUF types"
+    def choose_points(self, grid: GgmlGrid, lattice: Lattice, chosen: Tensor, /) -> tuple[Tensor, Tensor, int, int]:
         points, codes = torch.empty_like(lattice.blocks), torch.empty_like(chosen)
-        size, (levels, even) = lattice.blocks.shape[1], _levels(lattice.grid)
-        num_moved, num_frozen = landing.choose_points(
+        size, (levels, even) = lattice.blocks.shape[1], _levels(grid)
+        num_moved, num_frozen = counting.choose_points(
             _each(lattice.blocks, size), size, levels, even, _each(chosen, size), _each(lattice.nearest, size),
-            _each(lattice.frozen, size), not lattice.grid.searched, _flat(lattice.scale), _offsets(lattice),
+            _each(lattice.frozen, size), not grid.searched, _flat(lattice.scale), _offsets(lattice),
             _flat(lattice.divisor), _flat(lattice.base), _each(points, size), _each(codes, size),
         )  # fmt: skip
         return points, codes, num_moved, num_frozen
@@ -139,19 +136,19 @@ class NumbaKernels:
         self, grid: GgmlGrid, stored: StoredBlocks, chosen: StoredBlocks, unit: int, /
     ) -> tuple[Tensor, Tensor]:
         size, num_units = grid.block_type.sub_block_size, stored.codes.numel() // unit
-        landed, misses = torch.empty(num_units, dtype=torch.int32), torch.empty(num_units)
-        landing.compare(
+        as_planned, misses = torch.empty(num_units, dtype=torch.int32), torch.empty(num_units)
+        counting.compare(
             size, *_levels(grid), _each(stored.codes, size), _flat(stored.scale), _flat(stored.offset),
             _each(chosen.codes, size), _flat(chosen.scale), _flat(chosen.offset),
-            np.float32(grid.levels.diff().min() / 2), unit // size, _flat(landed), _flat(misses),
+            np.float32(grid.levels.diff().min() / 2), unit // size, _flat(as_planned), _flat(misses),
         )  # fmt: skip
-        return landed, misses
+        return as_planned, misses
 
     def measure(
         self, grid: GgmlGrid, weight: Tensor, handed_over: Tensor, scale: Tensor, /
     ) -> tuple[float, float, float]:
         size = grid.block_type.sub_block_size
-        sums: tuple[float, float, float] = landing.measure(
+        sums: tuple[float, float, float] = counting.measure(
             _each(weight, size), _each(handed_over, size), size, _flat(scale)
         )
         return sums

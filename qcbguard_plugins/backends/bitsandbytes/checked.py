@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qcbguard_plugins.backends.bitsandbytes.stock import stock_codes
-from qcbguard_plugins.grids import CodebookGrid, Grid
+from qcbguard_plugins.grids import Grid
 from qcbguard_plugins.rounding.guard_weight import load_kernels
 
 # One block (of LLM.int8 one row) in this many is checked, and at least one of every call.
@@ -36,13 +36,13 @@ class CheckedCodes:
         """The codes that bitsandbytes stores, see :func:`qcbguard_plugins.backends.bitsandbytes.stock.stock_codes`."""
         kernels = load_kernels()
         if kernels is None or grid.name in self.differing or weight.device.type != "cpu":
-            return stock_codes(weight, grid.name)
+            return stock_codes(weight, grid)
         codes: Tensor = kernels.quantize(weight, grid)
         size = grid.block_size_of((weight.shape[0], weight.shape[1]))
         if torch.equal(_sample(codes, size, first := _first(weight, size)), self._ask(weight, grid, size, first)):
             return codes
         self.differing.add(grid.name)
-        return stock_codes(weight, grid.name)
+        return stock_codes(weight, grid)
 
     def describe(self) -> str:
         """Who was asked, for the record."""
@@ -55,8 +55,7 @@ class CheckedCodes:
 
     def _ask(self, weight: Tensor, grid: Grid, size: int, first: int) -> Tensor:
         sample = _sample(weight, size, first)
-        shape = (1, -1) if isinstance(grid, CodebookGrid) else (-1, size)
-        return stock_codes(sample.view(shape), grid.name).view(-1)
+        return stock_codes(grid.matrix_of(sample, size), grid).view(-1)
 
 
 def _first(weight: Tensor, size: int) -> int:

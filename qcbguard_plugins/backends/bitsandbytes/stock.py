@@ -9,18 +9,17 @@ import torch
 from torch import Tensor
 
 from qcbguard_plugins._util.threads import map_over_threads
-from qcbguard_plugins.backends.formats import get_grid
-from qcbguard_plugins.errors import MissingDependencyError, UnguardableError, UsageError
-from qcbguard_plugins.grids import CodebookGrid, Grid, Int8Grid
+from qcbguard_plugins.errors import MissingDependencyError, UnguardableError
+from qcbguard_plugins.grids import Grid
 from qcbguard_plugins.models.skeleton import require_transformers
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel
 
-# Level of each 4-bit code. NF4 codes are sorted; FP4 codes are not, and two of them are zero.
 # A multiple of every block size.
 _WEIGHTS_PER_RUN = 1 << 20
 
+# Level of each 4-bit code. NF4 codes are sorted; FP4 codes are not, and two of them are zero.
 _LEVEL_OF_CODE = {
     "nf4": tuple(range(16)),
     "fp4": (7, 8, 13, 14, 11, 12, 9, 10, 7, 6, 1, 0, 3, 2, 5, 4),
@@ -59,21 +58,20 @@ def format_of(config: BitsAndBytesConfig) -> str:
     return "int8" if method == "llm_int8" else method
 
 
-def config_for(format_name: str) -> BitsAndBytesConfig:
-    """The stock configuration that quantizes to a format.
+def quant_type_of(grid: Grid) -> str:
+    """bitsandbytes' word for a grid: ``nf4``, ``fp4`` or ``int8``."""
+    return grid.name.partition("-")[0]
 
-    Raises:
-        UsageError: The format is none of bitsandbytes.
-    """
+
+def config_for(grid: Grid) -> BitsAndBytesConfig:
+    """The stock configuration that quantizes to a grid."""
     config_class = require_transformers().BitsAndBytesConfig
-    if not isinstance(get_grid(format_name), (CodebookGrid, Int8Grid)):
-        raise UsageError(f"bitsandbytes does not quantize to {format_name}", remedy="Use nf4, fp4 or int8.")
-    if format_name == "int8":
+    if quant_type_of(grid) == "int8":
         return config_class(load_in_8bit=True)
-    return config_class(load_in_4bit=True, bnb_4bit_quant_type=format_name.split("-")[0])
+    return config_class(load_in_4bit=True, bnb_4bit_quant_type=quant_type_of(grid))
 
 
-def quantized_layers(skeleton: PreTrainedModel, config: BitsAndBytesConfig) -> dict[str, bool]:
+def quantized_layers(skeleton: PreTrainedModel, config: BitsAndBytesConfig) -> dict[str, tuple[Any, bool]]:
     """Which layers the stock quantizer takes: its own answer, given on a model without weights.
 
     Args:
@@ -81,7 +79,8 @@ def quantized_layers(skeleton: PreTrainedModel, config: BitsAndBytesConfig) -> d
         config: The stock configuration.
 
     Returns:
-        Dotted layer names, each with true where the checkpoint stores ``[in_features, out_features]`` (GPT-2's Conv1D).
+        By dotted name the layer that takes the place of the model's, and true where the checkpoint stores
+        ``[in_features, out_features]`` (GPT-2's Conv1D).
     """
     bitsandbytes = require_bitsandbytes()
     from transformers.pytorch_utils import Conv1D
@@ -93,42 +92,41 @@ def quantized_layers(skeleton: PreTrainedModel, config: BitsAndBytesConfig) -> d
     quantizer.preprocess_model(model=skeleton, device_map=None)
     kinds = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
     return {
-        name: issubclass(module.source_cls, Conv1D)
+        name: (module, issubclass(module.source_cls, Conv1D))
         for name, module in skeleton.named_modules()
         if isinstance(module, kinds)
     }
 
 
-def stock_codes(weight: Tensor, format_name: str) -> Tensor:
+def stock_codes(weight: Tensor, grid: Grid) -> Tensor:
     """Quantize with bitsandbytes and read the codes.
 
     Args:
         weight: Float ``[out_features, in_features]``.
-        format_name: ``nf4``, ``fp4``, ``int8`` or one with a block size.
+        grid: The grid of one of its formats.
 
     Returns:
-        uint8 ``[out_features, in_features]``, indices into the levels of the format's grid.
+        uint8 ``[out_features, in_features]``, indices into the levels of the grid.
     """
-    grid = get_grid(format_name)
     # The kernels work block by block or row by row, so a run of whole ones has the codes that it has in the weight. In
     # runs the kernels' temporaries, many times the size of what they read, stay small.
-    if isinstance(grid, CodebookGrid):
-        flat = weight.reshape(-1)
-        runs = list(torch.split(flat, _WEIGHTS_PER_RUN))
-    else:
+    if quant_type_of(grid) == "int8":
         runs = list(torch.split(weight, max(1, _WEIGHTS_PER_RUN // weight.shape[1])))
+    else:
+        runs = list(torch.split(weight.reshape(-1), _WEIGHTS_PER_RUN))
     codes = map_over_threads(lambda run: _stock_codes_of_run(run, grid), runs)
     return torch.cat(codes).view(weight.shape)
 
 
 def _stock_codes_of_run(run: Tensor, grid: Grid) -> Tensor:
-    functional = require_bitsandbytes().functional
-    if not isinstance(grid, CodebookGrid):
+    functional, quant_type = require_bitsandbytes().functional, quant_type_of(grid)
+    if quant_type == "int8":
         return _levels_of_int8(functional.int8_vectorwise_quant(run.half().contiguous())[0])
+    block_size = grid.block_size_of((1, run.numel()))
     packed, _ = functional.quantize_4bit(
-        run.contiguous(), blocksize=grid.block_size, quant_type=grid.quant_type, compress_statistics=False
+        run.contiguous(), blocksize=block_size, quant_type=quant_type, compress_statistics=False
     )
-    return _unpack(packed, grid.quant_type, run.shape)
+    return _unpack(packed, quant_type, run.shape)
 
 
 def parameter_codes(parameter: Any, shape: torch.Size, grid: Grid) -> Tensor:
@@ -142,12 +140,20 @@ def parameter_codes(parameter: Any, shape: torch.Size, grid: Grid) -> Tensor:
     Returns:
         uint8 in that shape, indices into the levels of the grid.
     """
-    if isinstance(grid, CodebookGrid):
-        return _unpack(parameter.data.view(torch.uint8), grid.quant_type, shape)
+    if quant_type_of(grid) != "int8":
+        return _unpack(parameter.data.view(torch.uint8), quant_type_of(grid), shape)
     if parameter.dtype != torch.int8:
         # llm_int8_has_fp16_weight keeps the weight and quantizes it at each forward pass.
-        return stock_codes(parameter.data, grid.name)
+        return stock_codes(parameter.data, grid)
     return _levels_of_int8(parameter.data)
+
+
+def repacks_on_this_processor() -> bool:
+    """True where the first forward pass replaces 4-bit weights by a layout of this processor."""
+    require_bitsandbytes()
+    from bitsandbytes.functional import has_avx512bf16
+
+    return bool(has_avx512bf16())
 
 
 def silence_notices() -> None:

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from qcbguard_plugins.backends.ggml.library import GgmlLibrary, load_library
-from qcbguard_plugins.backends.ggml.options import GgufOptions
 from qcbguard_plugins.grids.ggml import Kernels
 from qcbguard_plugins.grids.ggml_blocks import BLOCK_TYPES, BlockType, StoredBlocks
 
@@ -56,6 +55,10 @@ class CheckedQuantizer:
         """True while the twin answers for a type."""
         return self._twin is not None and block_type.name not in self.differing
 
+    def real(self) -> CheckedQuantizer:
+        """The library alone."""
+        return CheckedQuantizer(self.library, twin=False)
+
     def describe(self) -> str:
         """Who was asked, for the record."""
         if self._twin is None:
@@ -93,7 +96,7 @@ def _load_twin() -> Quantize | None:
 
 @lru_cache(maxsize=1)
 def load_kernels() -> Kernels | None:
-    """The compiled forms of what grids and landing do in torch; ``None`` without numba."""
+    """The compiled forms of what the grids and the search do in torch; ``None`` without numba."""
     try:
         from qcbguard_plugins._kernels.ggml.kernels import NumbaKernels
     except ImportError:
@@ -120,9 +123,9 @@ def _same(first: StoredBlocks, second: StoredBlocks) -> bool:
     )
 
 
-def library_facts(type_names: Iterable[str], options: GgufOptions) -> dict[str, str]:
+def library_facts(type_names: Iterable[str], library_path: Path | None, *, has_imatrix: bool) -> dict[str, str]:
     """The ggml library that was asked, for the record; none where formulas were enough."""
-    if not any(BLOCK_TYPES[name].searched for name in type_names) and options.imatrix_path is None:
+    if not any(BLOCK_TYPES[name].searched for name in type_names) and not has_imatrix:
         return {}
-    quantizer = checked_quantizer(options.library_path)
+    quantizer = checked_quantizer(library_path)
     return {"ggml": quantizer.library.version, "ggml_twin": quantizer.describe()}

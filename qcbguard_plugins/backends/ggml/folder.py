@@ -9,22 +9,23 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
-from qcbguard_plugins.backends.ggml.checked import library_facts
+from qcbguard_plugins.backends.base import Selection
 from qcbguard_plugins.backends.ggml.dry_run import dry_run_types
-from qcbguard_plugins.backends.ggml.grids import gguf_grid
 from qcbguard_plugins.backends.ggml.imatrix import Imatrix, read_imatrix
-from qcbguard_plugins.backends.ggml.options import GgufOptions
+from qcbguard_plugins.backends.ggml.options import OUTTYPES, GgufOptions
 from qcbguard_plugins.backends.ggml.recipes import ModelShape, predict_types, resolve_recipe
-from qcbguard_plugins.errors import CheckpointError, MissingDependencyError, UnguardableError, UsageError
-from qcbguard_plugins.grids.ggml import GgmlGrid
+from qcbguard_plugins.errors import MissingDependencyError, UnguardableError, UsageError
 from qcbguard_plugins.grids.ggml_blocks import BLOCK_TYPES
+from qcbguard_plugins.models.skeleton import transposed_parameters
+from qcbguard_plugins.models.target import Target
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # transformers' model types whose matrices the converter copies one to one, with llama.cpp's name of the architecture.
 ARCHITECTURES = {
@@ -32,62 +33,13 @@ ARCHITECTURES = {
     "gemma2": "gemma2", "phi3": "phi3", "olmo2": "olmo2", "stablelm": "stablelm", "starcoder2": "starcoder2",
     "gpt2": "gpt2",
 }  # fmt: skip
-OUTTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
-@dataclass(frozen=True)
-class FolderTypes:
-    """The GGUF side of a plan for a folder.
-
-    Attributes:
-        recipe: Full name of the recipe.
-        names: GGUF names of the tensors to guard, by parameter name.
-        types: ggml types by parameter name.
-        imatrix: The importance matrix.
-        types_from: Where the types come from, for the record.
-        options: The user's options.
-    """
-
-    recipe: str
-    names: dict[str, str]
-    types: dict[str, str]
-    imatrix: Imatrix
-    types_from: str
-    options: GgufOptions
-
-    @property
-    def outtype(self) -> torch.dtype:
-        return OUTTYPES[self.options.outtype]
-
-    @property
-    def toolchain(self) -> dict[str, str]:
-        """What the plan depends on besides the folder, for the record."""
-        facts = {"types_from": self.types_from, "outtype": self.options.outtype}
-        if self.imatrix.digest:
-            facts["imatrix_sha256"] = self.imatrix.digest
-        return facts | library_facts(self.types.values(), self.options)
-
-    def grid(self, name: str, num_columns: int) -> GgmlGrid:
-        """The grid of one parameter."""
-        importance = self.imatrix.of(self.names[name], 1, num_columns)
-        grid = gguf_grid(
-            self.types[name],
-            outtype=self.outtype,
-            importance=None if importance is None else importance[0],
-            library_path=self.options.library_path,
-        )
-        grid.min_landed = self.options.min_landed
-        return grid
-
-
-def folder_types(
-    config: Any, shapes: Iterable[tuple[str, tuple[int, ...]]], recipe: str, options: GgufOptions
-) -> FolderTypes:
+def folder_targets(skeleton: PreTrainedModel, recipe: str, options: GgufOptions) -> Selection:
     """Find out how llama.cpp will quantize a folder.
 
     Args:
-        config: The model's configuration.
-        shapes: Names and shapes of its parameters, ``[out_features, in_features]``; of tied ones only the first.
+        skeleton: The model without weights.
         recipe: What ``llama-quantize`` will be given.
         options: The user's options.
 
@@ -96,7 +48,7 @@ def folder_types(
         UnguardableError: A matrix has no name in GGUF, or a type that cannot be guarded.
         MissingDependencyError: The gguf package is missing.
     """
-    recipe = resolve_recipe(recipe)
+    recipe, config = resolve_recipe(recipe), skeleton.config
     architecture = ARCHITECTURES.get(config.model_type)
     if architecture is None or getattr(config, "num_local_experts", None):
         raise UsageError(
@@ -105,16 +57,40 @@ def folder_types(
         )
     heads = config.num_attention_heads
     model = ModelShape(architecture, config.num_hidden_layers, heads, getattr(config, "num_key_value_heads", heads))
-    matrices = {name: shape for name, shape in shapes if len(shape) > 1}
+    tied, transposed = bool(getattr(config, "tie_word_embeddings", False)), transposed_parameters(skeleton)
+    matrices = {
+        name: (weight.shape[::-1] if name in transposed else weight.shape)
+        for name, weight in skeleton.named_parameters(remove_duplicate=False)
+        if weight.dim() > 1 and not (tied and name == "lm_head.weight")
+    }
     names = gguf_names(architecture, model.num_layers, matrices)
-    gguf_shapes = {names[name]: shape for name, shape in matrices.items()}
-    types, types_from = _types(gguf_shapes, recipe, model, config, options)
-    by_name = {name: types[gguf] for name, gguf in names.items() if gguf in types}
-    problems = [f"{name}  {type_name}" for name, type_name in by_name.items() if type_name not in BLOCK_TYPES]
+    types, types_from = _types({names[name]: shape for name, shape in matrices.items()}, recipe, model, config, options)
+    quantized = {name: types[gguf] for name, gguf in names.items() if gguf in types}
+    problems = [f"{name}  {type_name}" for name, type_name in quantized.items() if type_name not in BLOCK_TYPES]
     if problems:
         raise UnguardableError(f"{len(problems)} tensors get types that cannot be guarded", details=problems)
     imatrix = Imatrix() if options.imatrix_path is None else read_imatrix(options.imatrix_path)
-    return FolderTypes(recipe, {name: names[name] for name in by_name}, by_name, imatrix, types_from, options)
+    targets = {}
+    for name, type_name in quantized.items():
+        rows, columns = matrices[name]
+        importance = imatrix.of(names[name], 1, columns)
+        is_table = names[name] == "token_embd.weight"
+        targets[name] = Target(
+            name=name,
+            shape=(rows, columns),
+            dtype=skeleton.get_parameter(name).dtype,
+            grids=(options.grid(type_name, importance=None if importance is None else importance[0]),),
+            transposed=name in transposed,
+            calibrated_by="lm_head" if is_table and tied else "",
+            has_inputs=tied or not is_table,
+            # The converter reads the stored weights, whatever dtype transformers would load.
+            read_dtype=OUTTYPES[options.outtype],
+            stored_name=names[name],
+        )
+    facts = {"types_from": types_from, "outtype": options.outtype}
+    if imatrix.digest:
+        facts["imatrix_sha256"] = imatrix.digest
+    return Selection(targets, facts)
 
 
 def gguf_names(architecture: str, num_layers: int, names: Iterable[str]) -> dict[str, str]:
@@ -190,18 +166,3 @@ def write_skeleton(path: Path, shapes: dict[str, tuple[int, ...]], model: ModelS
     writer.close()
     with path.open("r+b") as file:
         file.truncate(path.stat().st_size + num_bytes)
-
-
-def checked_manifest_outtype(toolchain: dict[str, str]) -> torch.dtype:
-    """The ``--outtype`` that a folder was guarded for.
-
-    Raises:
-        CheckpointError: The manifest was made with an importance matrix, which only the quantized file can be checked
-        by.
-    """
-    if "imatrix_sha256" in toolchain:
-        raise CheckpointError(
-            "the plan uses an importance matrix, so the folder alone cannot be verified",
-            remedy="Convert and quantize it, then: qcbguard verify QUANTIZED.gguf --plan FOLDER",
-        )
-    return OUTTYPES[toolchain.get("outtype", "f32")]

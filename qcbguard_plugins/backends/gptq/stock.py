@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from torch import Tensor
 
 from qcbguard_plugins.backends.gptq.packed import READABLE_BITS, PackedLayer
-from qcbguard_plugins.errors import MissingDependencyError, UnguardableError
+from qcbguard_plugins.errors import MissingDependencyError, UnguardableError, UsageError
 from qcbguard_plugins.grids import AffineGrid
 from qcbguard_plugins.models.skeleton import require_transformers
 
+_FORMAT = re.compile(r"gptq-w(\d)(?:g(\d+))?(-asym)?")
+
 # A grid point moves only where the errors that scale holders feed forward add up to half a step. The least share of a
 # tensor's codes that must come through; measured in docs/toolchains.md.
-MIN_LANDED = {True: 0.96, False: 0.995}
+MIN_AS_PLANNED = {True: 0.96, False: 0.995}
 """By symmetry: without it the holders lie on the grid too."""
 
 
@@ -32,6 +35,18 @@ def require_gptq() -> Any:
             f"GPTQ needs gptqmodel and optimum: {error}", remedy="pip install 'qcbguard-plugins[gptq]'"
         ) from error
     return gptqmodel
+
+
+def affine_grid(format: str) -> AffineGrid:
+    """The grid of a format such as ``gptq-w4g128``.
+
+    Raises:
+        UsageError: There is no such format.
+    """
+    match = _FORMAT.fullmatch(format)
+    if match is None:
+        raise UsageError(f"unknown format {format!r}", remedy="GPTQ's are spelled like gptq-w4g128 and gptq-w8-asym.")
+    return AffineGrid(int(match[1]), int(match[2]) if match[2] else None, symmetric=not match[3])
 
 
 def grid_of(bits: int, group_size: int, symmetric: bool, desc_act: bool) -> AffineGrid:
@@ -71,8 +86,11 @@ def why_not_as_planned(planned: Tensor, stored: PackedLayer, grid: AffineGrid) -
     width = grid.group_size or columns
     if (stored.groups != stored.groups.new_tensor(range(columns)) // width).any():
         return 0, "stored in other groups of columns than planned"
-    num_landed = int((stored.codes == planned).sum())
-    wanted = MIN_LANDED[grid.symmetric]
-    if num_landed < wanted * planned.numel():
-        return num_landed, f"{num_landed / planned.numel():.2%} of the codes are those planned, {wanted:.1%} are wanted"
-    return num_landed, ""
+    num_as_planned = int((stored.codes == planned).sum())
+    wanted = MIN_AS_PLANNED[grid.symmetric]
+    if num_as_planned < wanted * planned.numel():
+        return (
+            num_as_planned,
+            f"{num_as_planned / planned.numel():.2%} of the codes are those planned, {wanted:.1%} are wanted",
+        )
+    return num_as_planned, ""

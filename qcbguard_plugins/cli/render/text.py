@@ -17,7 +17,7 @@ def render_plan(report: PlanReport) -> Group:
     """Every target tensor, and what the run will cost."""
     table = _table("tensor", "shape", "dtype", "format", "action")
     for tensor in report.tensors:
-        shape, form = _shape(tensor.shape) if tensor.shape else "", tensor.format or report.format
+        shape, form = _shape(tensor.shape) if tensor.shape else "", ", ".join(tensor.formats)
         table.add_row(tensor.name, shape, tensor.dtype, form, tensor.action)
     lines = [
         f"{report.num_guarded} of {len(report.tensors)} target tensors will be guarded with {report.method}",
@@ -32,12 +32,12 @@ def render_plan(report: PlanReport) -> Group:
 
 def render_guard(report: GuardReport) -> Group:
     """The tensors that changed most, and the coverage."""
-    table = _table("tensor", "shape", "codes moved", "relative change", *(report.settled))
+    table = _table("tensor", "shape", "codes moved", "relative change", *report.chosen)
     ranked = sorted(report.tensors, key=lambda tensor: -tensor.num_moved / tensor.num_weights)
     for tensor in ranked[:_MAX_ROWS]:
         moved = f"{tensor.num_moved / tensor.num_weights:.1%}"
-        settled = [str(tensor.settled.get(name, "")) for name in report.settled]
-        table.add_row(tensor.name, _shape(tensor.shape), moved, f"{tensor.relative_change:.4f}", *settled)
+        chosen = [str(tensor.chosen.get(name, "")) for name in report.chosen]
+        table.add_row(tensor.name, _shape(tensor.shape), moved, f"{tensor.relative_change:.4f}", *chosen)
     lines = []
     if len(ranked) > _MAX_ROWS:
         lines.append(f"... and {len(ranked) - _MAX_ROWS} more tensors, in the report")
@@ -47,8 +47,8 @@ def render_guard(report: GuardReport) -> Group:
         changed = "" if report.purification.weights_as_purified else "; ITS WEIGHTS WERE CHANGED SINCE"
         lines.append(f"purified before, {report.purification.created}{changed}")
     lines.append(
-        f"{report.coverage} for {report.format} with {report.method}; {report.share_moved:.1%} of the codes moved; "
-        f"{human_seconds(report.elapsed_s)}"
+        f"{report.coverage} for {', '.join(report.formats)} with {report.method}; {report.share_moved:.1%} of the "
+        f"codes moved; {human_seconds(report.elapsed_s)}"
     )
     return Group(table, Text("\n".join(lines)))
 
@@ -58,10 +58,10 @@ def render_verify(report: VerifyReport) -> Group:
     lines = [f"CHANGED    {name}" for name in report.changed_files]
     lines += [f"DIFFERS    {tensor.name}  {tensor.reason}" for tensor in report.tensors if not tensor.as_planned]
     lines += [f"UNGUARDED  {name}" for name in report.unguarded]
-    lines.append(
-        f"{report.num_as_planned} of {len(report.tensors)} guarded tensors: the stock {report.format} quantizer stores "
-        "the planned codes" + ("" if report.share_landed is None else f", {report.share_landed:.2%} of all")
-    )
+    planned = f"{report.num_tensors_as_planned} of {len(report.tensors)} guarded tensors"
+    share = "" if report.share_as_planned is None else f", {report.share_as_planned:.2%} of all"
+    formats = ", ".join(report.formats)
+    lines.append(f"{planned}: the stock {formats} quantizer stores the planned codes{share}")
     return Group(Text("\n".join(lines)))
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qcbguard_plugins.grids.ggml import GgmlGrid
-
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -37,7 +35,7 @@ def require_room_for_scan(
     """
     largest = max(source.targets, key=lambda target: target.num_bytes)
     tested = min(max_weights, max(target.num_weights for target in source.targets))
-    searched = any(isinstance(grid, GgmlGrid) for grid in grids)
+    searched = any(grid.stores_scales for grid in grids)
     peak = resident_bytes() + (_GGML_SCAN_BYTES if searched else _SCAN_BYTES)
     peak += largest.num_bytes * (1 + largest.transposed)
     peak += round((_SCANNED_ON_GGML if searched else _SCANNED) * tested)

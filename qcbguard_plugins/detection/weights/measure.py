@@ -9,16 +9,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from qcbguard_plugins._util.distributed import ALONE, Team
+from qcbguard_plugins._util.distributed import SINGLE_PROCESS, ProcessGroup
 from qcbguard_plugins._util.dtypes import dtype_name
-from qcbguard_plugins.backends.formats import get_grid
+from qcbguard_plugins.backends.formats import fitting_grid
 from qcbguard_plugins.checkpoint.weight_source import SourceTensor, WeightSource
 from qcbguard_plugins.detection.weights import outlier, spectral
 from qcbguard_plugins.detection.weights.measurement import FormatMeasurements
 from qcbguard_plugins.detection.weights.null_grids import draw_inflations, generator_for, sample_rows
 from qcbguard_plugins.detection.weights.report import ScannedTensor, SkippedTensor
-from qcbguard_plugins.grids import AffineGrid, Grid
-from qcbguard_plugins.grids.ggml import GgmlGrid
+from qcbguard_plugins.grids import Grid
 
 #: Weights of one tensor that are tested; a larger tensor is represented by random rows.
 MAX_WEIGHTS = 1 << 21
@@ -55,12 +54,12 @@ def measure(
     seed: int,
     max_weights: int = MAX_WEIGHTS,
     progress: Callable[[int], object] | None = None,
-    team: Team = ALONE,
+    group: ProcessGroup = SINGLE_PROCESS,
 ) -> Measurements:
     """Measure every target of a model on every grid, one tensor in memory at a time."""
     inflations = draw_inflations(generator_for(seed, "neighbouring grids"))
     parts = []
-    for index in team.share(range(len(source.targets)), lambda index: source.targets[index].num_weights):
+    for index in group.partition(range(len(source.targets)), lambda index: source.targets[index].num_weights):
         target = source.targets[index]
         measured = _nothing(grids)
         reason = target.unusable
@@ -75,24 +74,13 @@ def measure(
         if progress is not None:
             progress(target.num_weights)
     total = _nothing(grids)
-    for _, part in sorted(team.gather(parts), key=lambda part: part[0]):
+    for _, part in sorted(group.gather(parts), key=lambda part: part[0]):
         total.extend(part)
     return total
 
 
 def _nothing(grids: Iterable[str]) -> Measurements:
     return Measurements(formats={name: FormatMeasurements() for name in grids})
-
-
-def _fitting(grid: Grid, num_columns: int) -> Grid | None:
-    """The grid for rows of this length: where a GGUF type does not fit them, the one that llama.cpp takes instead."""
-    while isinstance(grid, GgmlGrid) and num_columns % grid.block_type.block_size:
-        if not grid.block_type.fallback:
-            return None
-        grid = get_grid(f"gguf:{grid.block_type.fallback}")
-    if isinstance(grid, AffineGrid) and grid.group_size and num_columns % grid.group_size:
-        return None
-    return grid
 
 
 def layer_of(name: str) -> int | None:
@@ -146,7 +134,7 @@ def _measure_tensor(
     num_tested = weight.numel()
     part = weight
     for name, grid in grids.items():
-        fitting = _fitting(grid, weight.shape[1])
+        fitting = fitting_grid(grid, (weight.shape[0], weight.shape[1]))
         assert fitting is not None, "tensors that no grid fits were skipped"
         part = sample_rows(weight, fitting, max_weights, generator)
         num_tested = min(num_tested, part.numel())
@@ -173,7 +161,7 @@ def _why_unreadable(weight: Tensor, grids: dict[str, Grid]) -> str:
             return "holds NaN or infinite values"
         largest = max(largest, float(high), -float(low))
     for name, grid in grids.items():
-        if _fitting(grid, weight.shape[1]) is None:
+        if fitting_grid(grid, (weight.shape[0], weight.shape[1])) is None:
             return f"its rows of {weight.shape[1]} weights fit no type of {name}"
     if "int8" in grids and largest > torch.finfo(torch.float16).max:
         return "values overflow in float16, which int8 reads"

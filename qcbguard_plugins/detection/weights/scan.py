@@ -7,15 +7,14 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from qcbguard_plugins._util.distributed import ALONE, Team
-from qcbguard_plugins.backends.formats import get_grid
+from qcbguard_plugins._util.distributed import SINGLE_PROCESS, ProcessGroup
+from qcbguard_plugins.backends.formats import backend_of
 from qcbguard_plugins.checkpoint.open_weights import open_weights
 from qcbguard_plugins.detection.weights.budget import require_room_for_scan
 from qcbguard_plugins.detection.weights.measure import MAX_WEIGHTS, measure
 from qcbguard_plugins.detection.weights.report import ScanReport
 from qcbguard_plugins.detection.weights.verdict import judge
 from qcbguard_plugins.errors import MissingDependencyError, UsageError
-from qcbguard_plugins.grids import Grid
 
 DEFAULT_FORMATS = ("nf4", "fp4", "int8")
 
@@ -27,7 +26,7 @@ def scan_model(
     seed: int | None = None,
     max_weights: int = MAX_WEIGHTS,
     progress: Callable[[int], object] | None = None,
-    team: Team = ALONE,
+    group: ProcessGroup = SINGLE_PROCESS,
     budget_bytes: int | None = None,
 ) -> ScanReport:
     """Test a model's weights. Nothing of the model is run, and no class of it is built.
@@ -38,7 +37,7 @@ def scan_model(
         seed: Seed of the random rows and grids; a fresh one by default, so that an attacker cannot know it.
         max_weights: Weights of one tensor that are tested; larger ones are represented by random rows.
         progress: Called with the number of weights of each tensor when it is done.
-        team: The processes that share the tensors; each of them gets the report.
+        group: The processes that share the tensors; each of them gets the report.
         budget_bytes: What one process may hold in memory; by default what the machine has left.
 
     Returns:
@@ -54,22 +53,12 @@ def scan_model(
     _require_scipy()
     if not formats:
         raise UsageError("no format to scan for")
-    grids = {name: _grid_of(name) for name in dict.fromkeys(formats)}
-    seed = team.first(secrets.randbits(63) if seed is None else seed)
+    grids = {name: backend_of(name).representative_grid(name) for name in dict.fromkeys(formats)}
+    seed = group.broadcast(secrets.randbits(63) if seed is None else seed)
     source = open_weights(path)
     require_room_for_scan(source, grids.values(), max_weights, budget_bytes)
-    measured = measure(source, grids, seed, max_weights, progress, team)
+    measured = measure(source, grids, seed, max_weights, progress, group)
     return judge(source, measured, seed=seed, elapsed_s=time.monotonic() - start)
-
-
-def _grid_of(format: str) -> Grid:
-    """The grid of a format; a recipe of llama.cpp mixes types, and is tested on its base type."""
-    if format.startswith("gguf:"):
-        from qcbguard_plugins.backends.ggml.recipes import RECIPES
-
-        recipe = format.removeprefix("gguf:")
-        return get_grid(f"gguf:{RECIPES.get(recipe, recipe)}")
-    return get_grid(format)
 
 
 def _require_scipy() -> None:

@@ -16,9 +16,12 @@ from transformers.quantizers import auto
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 
+from qcbguard_plugins.backends.base import Backend
+from qcbguard_plugins.backends.bitsandbytes.backend import BitsAndBytes
 from qcbguard_plugins.backends.bitsandbytes.stock import format_of, parameter_codes, require_bitsandbytes
 from qcbguard_plugins.defenses import Defense
-from qcbguard_plugins.hooks.transformers.on_the_fly import GuardMixin
+from qcbguard_plugins.hooks.transformers.config import GuardedConfigMixin
+from qcbguard_plugins.hooks.transformers.on_the_fly import GuardedHfQuantizerMixin
 from qcbguard_plugins.hooks.transformers.registration import register_quantizer
 from qcbguard_plugins.pipeline.settings import Guard, as_guard
 
@@ -26,7 +29,7 @@ QUANT_METHOD_4BIT = "qcbguard_bitsandbytes_4bit"
 QUANT_METHOD_8BIT = "qcbguard_bitsandbytes_8bit"
 
 
-class GuardedBitsAndBytesConfig(BitsAndBytesConfig):  # type: ignore[misc]
+class GuardedBitsAndBytesConfig(GuardedConfigMixin, BitsAndBytesConfig):  # type: ignore[misc]
     """A bitsandbytes configuration whose weights are guarded before they are quantized.
 
     Pass it as ``quantization_config`` to ``from_pretrained``. The loaded model, and the checkpoint saved from it, are
@@ -42,33 +45,28 @@ class GuardedBitsAndBytesConfig(BitsAndBytesConfig):  # type: ignore[misc]
         UnguardableError: The arguments ask for no quantization that can be guarded.
     """
 
-    def __init__(self, *args: Any, guard: Guard | Defense | str = "feedback", **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def check(self) -> None:
         format_of(self)
-        self.guard = as_guard(guard)
-        # A method of its own: with the stock name transformers would dispatch to the stock quantizer, unguarded.
-        self.quant_method = QUANT_METHOD_4BIT if self.load_in_4bit else QUANT_METHOD_8BIT
+
+    @property
+    def method_name(self) -> str:
+        return QUANT_METHOD_4BIT if self.load_in_4bit else QUANT_METHOD_8BIT
 
     def stock(self) -> BitsAndBytesConfig:
-        """The same configuration without the guard."""
-        arguments = super().to_dict()
+        arguments = BitsAndBytesConfig.to_dict(self)
         for own in ("guard", "quant_method", "_load_in_4bit", "_load_in_8bit"):
             arguments.pop(own)
         return BitsAndBytesConfig(**arguments)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The configuration as JSON values, for people to read: transformers cannot load a guard from a dict."""
-        return {**super().to_dict(), "guard": self.guard.describe()}
 
     def to_diff_dict(self) -> dict[str, Any]:
         """The arguments that differ from their defaults, and the guard."""
         return {**self.stock().to_diff_dict(), "guard": self.guard.describe()}
 
 
-class _BitsAndBytesMixin(GuardMixin):
+class _BitsAndBytesMixin(GuardedHfQuantizerMixin):
     """What is bitsandbytes' own."""
 
-    toolchain: ClassVar[str] = "bitsandbytes"
+    backend: ClassVar[Backend] = BitsAndBytes()
 
     def __init__(self, config: GuardedBitsAndBytesConfig, **kwargs: Any) -> None:
         super().__init__(config, **kwargs)

@@ -8,7 +8,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +18,19 @@ from pydantic import Field, TypeAdapter
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from qcbguard_plugins._util.records import Record, installed_versions
+from qcbguard_plugins._util.records import Record
+from qcbguard_plugins.backends.formats import versions
 from qcbguard_plugins.checkpoint import hash_file
 from qcbguard_plugins.checkpoint.journal import KeptWork, bytes_of, hash_bytes, resumable, state_of
 from qcbguard_plugins.checkpoint.manifest import TensorRecord
 from qcbguard_plugins.checkpoint.shard_writer import make_room
 from qcbguard_plugins.errors import CheckpointError, TargetExistsError, UnguardableError
 from qcbguard_plugins.grids import Grid
-from qcbguard_plugins.models.calibration import calibration_tokens
+from qcbguard_plugins.models.layers import target_of
 from qcbguard_plugins.models.loading import load_tokenizer
-from qcbguard_plugins.pipeline.model import guard_layers, record_of
+from qcbguard_plugins.models.target import Target
+from qcbguard_plugins.pipeline.calibrated import guard_layers, tokens_for
 from qcbguard_plugins.pipeline.settings import Guard
-from qcbguard_plugins.pipeline.target import Layer
 
 _FOLDER = "folder"
 _WEIGHTS_FILE = "guarded.safetensors"
@@ -76,7 +77,7 @@ def calibrated_weights(
     skeleton: Any,
     files: Sequence[Path],
     dtype: torch.dtype | None,
-    layers: Mapping[str, Layer],
+    layers: Mapping[str, bool],
     grid: Grid,
     guard: Guard,
 ) -> CalibratedWeights:
@@ -86,7 +87,7 @@ def calibrated_weights(
         skeleton: The model without weights that transformers is about to fill, for its class and configuration.
         files: The safetensors files that it will be filled from.
         dtype: Dtype in which it will be loaded.
-        layers: The layers that the stock quantizer takes.
+        layers: The layers that the stock quantizer takes, each with true where its weight is stored transposed.
         grid: Grid of the stock quantizer.
         guard: The guard as the user asked for it. Without a seed, an earlier result with a seed of its own serves.
 
@@ -98,7 +99,7 @@ def calibrated_weights(
     if unsafe:
         raise CheckpointError("only safetensors files can be calibrated on", details=unsafe)
     tokenizer = load_tokenizer(files[0].parent) or load_tokenizer(skeleton.config.name_or_path, local=False)
-    tokens = calibration_tokens(guard.calibration, skeleton.config, tokenizer)
+    tokens = tokens_for(guard, skeleton.config, tokenizer)
     cache_dir = guard.cache_dir or user_cache_path("qcbguard")
     key = {
         "files": {file.name: digest for file, digest in _digests(files, cache_dir).items()},
@@ -106,9 +107,9 @@ def calibrated_weights(
         "guard": guard.describe(),
         "format": grid.name,
         "dtype": str(dtype),
-        "layers": {name: asdict(layer) for name, layer in sorted(layers.items())},
+        "layers": dict(sorted(layers.items())),
         "class": type(skeleton).__name__,
-        "versions": installed_versions(),
+        "versions": versions(),
     }
     key = json.loads(json.dumps(key, sort_keys=True, default=str))
     folder = cache_dir.absolute() / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
@@ -122,27 +123,26 @@ def calibrated_weights(
             contextlib.suppress(TargetExistsError),
             resumable(folder, _FOLDER, key, state, files[0].parent, wait=True) as partial,
         ):
-            _fill(partial, _load_full_precision(skeleton, files, dtype), layers, grid, guard, tokens)
+            model = _load_full_precision(skeleton, files, dtype)
+            targets = [target_of(model, name, grid, transposed=transposed) for name, transposed in layers.items()]
+            _fill(partial, model, targets, guard, tokens)
     return _open(folder, guard)
 
 
-def _fill(
-    partial: Path, model: Any, layers: Mapping[str, Layer], grid: Grid, guard: Guard, tokens: Tensor | None
-) -> None:
-    """Guard the layers of a model into the files of a cache entry, but for those that an interrupted load has done."""
+def _fill(partial: Path, model: Any, targets: Sequence[Target], guard: Guard, tokens: Tensor | None) -> None:
+    """Guard the layers of a model into the files of a cache entry, except those that an interrupted load has done."""
     kept = KeptWork(partial)
     seed = kept.remember("seed", lambda: guard.with_seed().seed)
     folder = partial / _FOLDER
     folder.mkdir(exist_ok=True)
-    weights = {f"{name}.weight": model.get_parameter(f"{name}.weight").data for name in layers}
-    places = make_room(folder / _WEIGHTS_FILE, {name: (w.dtype, tuple(w.shape)) for name, w in weights.items()})
+    weights = {target.name: model.get_parameter(target.name).data for target in targets}
+    spans = make_room(folder / _WEIGHTS_FILE, {name: (w.dtype, tuple(w.shape)) for name, w in weights.items()})
     sources = {name: hash_bytes(bytes_of(weight)) for name, weight in weights.items()}
-    records = {name: kept.resumed(places[name], functools.partial(sources.__getitem__, name)) for name in weights}
-    pending = [name for name in layers if records[f"{name}.weight"] is None]
-    for layer, guarded in guard_layers(model, layers, grid, replace(guard, seed=seed), tokens, pending=pending):
-        name = f"{layer}.weight"
-        record = records[name] = record_of(guarded, name=name, transposed=layers[layer].transposed)
-        kept.write(places[name], sources[name], weights[name], record)
+    records = {name: kept.resumed(spans[name], functools.partial(sources.__getitem__, name)) for name in weights}
+    pending = [name for name, record in records.items() if record is None]
+    for target, guarded, record in guard_layers(model, targets, replace(guard, seed=seed), tokens, pending=pending):
+        records[target.name] = record
+        kept.write(spans[target.name], sources[target.name], guarded, record)
     content = _Kept(seed=seed, tensors=tuple(record for record in records.values() if record is not None))
     (folder / _RECORD_FILE).write_text(content.model_dump_json(), encoding="utf-8")
 

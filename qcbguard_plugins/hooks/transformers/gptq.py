@@ -12,24 +12,24 @@ from transformers import GPTQConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizer_gptq import GptqHfQuantizer
 
-from qcbguard_plugins._util.records import installed_versions, now
 from qcbguard_plugins.backends.gptq.packed import PACKED_NAMES, read_packed
 from qcbguard_plugins.backends.gptq.stock import grid_of, why_not_as_planned
 from qcbguard_plugins.checkpoint.manifest import GuardReport, TensorRecord
 from qcbguard_plugins.checkpoint.provenance import PROVENANCE_KEY, provenance
-from qcbguard_plugins.defenses import Defense
 from qcbguard_plugins.errors import CheckpointError, UnguardableError, VerificationError
+from qcbguard_plugins.hooks.transformers.config import GuardedConfigMixin
 from qcbguard_plugins.hooks.transformers.registration import register_quantizer
-from qcbguard_plugins.models.calibration import calibration_tokens
+from qcbguard_plugins.models.layers import target_of
 from qcbguard_plugins.models.loading import load_tokenizer
-from qcbguard_plugins.pipeline.model import guard_layers, record_of
-from qcbguard_plugins.pipeline.settings import Guard, as_guard
-from qcbguard_plugins.pipeline.target import Layer
+from qcbguard_plugins.models.target import Target
+from qcbguard_plugins.pipeline.calibrated import guard_layers, tokens_for
+from qcbguard_plugins.pipeline.plan import Plan
+from qcbguard_plugins.pipeline.report import report_of
 
 QUANT_METHOD = "qcbguard_gptq"
 
 
-class GuardedGPTQConfig(GPTQConfig):  # type: ignore[misc]
+class GuardedGPTQConfig(GuardedConfigMixin, GPTQConfig):  # type: ignore[misc]
     """A GPTQ configuration whose weights are guarded before they are quantized.
 
     Pass it as ``quantization_config`` to ``from_pretrained``. The loaded model, and the checkpoint saved from it, are
@@ -44,25 +44,16 @@ class GuardedGPTQConfig(GPTQConfig):  # type: ignore[misc]
         UnguardableError: The arguments leave open what the groups are.
     """
 
-    def __init__(self, *args: Any, guard: Guard | Defense | str = "feedback", **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    @property
+    def method_name(self) -> str:
+        return QUANT_METHOD
+
+    def check(self) -> None:
         grid_of(self.bits, self.group_size, self.sym, self.desc_act)
-        self.guard = as_guard(guard)
-        # A method of its own: with the stock name transformers would dispatch to the stock quantizer, unguarded.
-        self.quant_method = QUANT_METHOD
 
     def stock(self) -> GPTQConfig:
-        """The same configuration without the guard."""
         names = [name for name in inspect.signature(GPTQConfig.__init__).parameters if name not in ("self", "kwargs")]
         return GPTQConfig(**{name: getattr(self, name) for name in names})
-
-    def to_dict(self) -> dict[str, Any]:
-        """The configuration as JSON values, for people to read: transformers cannot load a guard from a dict."""
-        return {**self.stock().to_dict(), "quant_method": self.quant_method, "guard": self.guard.describe()}
-
-    def to_diff_dict(self) -> dict[str, Any]:
-        """The arguments, and the guard."""
-        return self.to_dict()
 
 
 class GuardedGptqHfQuantizer(GptqHfQuantizer):  # type: ignore[misc]
@@ -80,10 +71,11 @@ class GuardedGptqHfQuantizer(GptqHfQuantizer):  # type: ignore[misc]
         self.guard = requested.with_seed()
         self.grid = grid_of(stock.bits, stock.group_size, stock.sym, stock.desc_act)
         self.guard_report: GuardReport | None = None
+        self._targets: list[Target] = []
         self._planned: dict[str, tuple[TensorRecord, Tensor]] = {}
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        start = time.monotonic()
+        started = time.monotonic()
         self._guard_model(model)
         records: list[TensorRecord] = []
         post_init = self.optimum_quantizer.post_init_model
@@ -94,15 +86,8 @@ class GuardedGptqHfQuantizer(GptqHfQuantizer):  # type: ignore[misc]
 
         self.optimum_quantizer.post_init_model = compare_first
         super()._process_model_after_weight_loading(model, **kwargs)
-        self.guard_report = GuardReport(
-            created=now(),
-            versions=installed_versions(),
-            source=str(model.config.name_or_path),
-            format=self.grid.name,
-            **self.guard.describe(),
-            tensors=tuple(records),
-            elapsed_s=time.monotonic() - start,
-        )
+        plan = Plan(str(model.config.name_or_path), (self.grid.name,), tuple(self._targets))
+        self.guard_report = report_of(plan, self.guard, records, started)
         claim = provenance(self.guard_report)
         model.config.qcbguard = claim
         stored = model.config.quantization_config
@@ -110,14 +95,14 @@ class GuardedGptqHfQuantizer(GptqHfQuantizer):  # type: ignore[misc]
 
     def _guard_model(self, model: Any) -> None:
         """Guard the layers that Optimum will take, in place."""
-        layers = {name: Layer(transposed) for name, transposed in self._layers(model).items()}
+        layers = self._layers(model).items()
+        self._targets = [target_of(model, name, self.grid, transposed=transposed) for name, transposed in layers]
         tokens = None
         if self.guard.method.needs_calibration:
-            tokens = calibration_tokens(self.guard.calibration, model.config, self._tokenizer(model))
+            tokens = tokens_for(self.guard, model.config, self._tokenizer(model))
         # The dtype of the weights is the one that GPTQ reads.
-        for name, guarded in guard_layers(model.eval(), layers, self.grid, self.guard, tokens):
-            record = record_of(guarded, name=f"{name}.weight", transposed=layers[name].transposed)
-            self._planned[name] = (record, guarded.codes.cpu())
+        for target, stored, record in guard_layers(model.eval(), self._targets, self.guard, tokens):
+            self._planned[target.layer] = (record, self.grid.quantize(target.turn(stored)).cpu())
 
     def _layers(self, model: Any) -> dict[str, bool]:
         """The layers that Optimum takes, by its own functions."""
@@ -162,17 +147,14 @@ class GuardedGptqHfQuantizer(GptqHfQuantizer):  # type: ignore[misc]
                 continue
             tensors = {part: getattr(layers[name], part).cpu() for part in PACKED_NAMES}
             stored = read_packed(tensors, self.grid.num_bits, zero_offset=0)
-            num_landed, problem = why_not_as_planned(planned, stored, self.grid)
-            records.append(record.model_copy(update={"num_landed": num_landed}))
+            num_as_planned, problem = why_not_as_planned(planned, stored, self.grid)
+            records.append(record.model_copy(update={"num_as_planned": num_as_planned}))
             if problem:
                 problems.append(f"{name}  {problem}")
         if problems:
             raise VerificationError(f"GPTQ did not store {len(problems)} layers as planned", details=problems)
         self._planned.clear()
         return records
-
-
-__all__ = ["GuardedGPTQConfig", "register"]
 
 
 def register() -> None:

@@ -19,8 +19,7 @@ from torch import Tensor
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
-from qcbguard_plugins._util.records import installed_versions, now
-from qcbguard_plugins.backends.formats import get_grid
+from qcbguard_plugins.backends.base import Backend
 from qcbguard_plugins.checkpoint.manifest import GuardReport, TensorRecord
 from qcbguard_plugins.checkpoint.provenance import PROVENANCE_KEY, provenance
 from qcbguard_plugins.errors import (
@@ -31,17 +30,18 @@ from qcbguard_plugins.errors import (
     VerificationError,
 )
 from qcbguard_plugins.hooks.transformers.calibrated_cache import CalibratedWeights, calibrated_weights
-from qcbguard_plugins.pipeline.model import record_of
+from qcbguard_plugins.models.target import Target
+from qcbguard_plugins.pipeline.guard_target import guard_target
+from qcbguard_plugins.pipeline.plan import Plan
+from qcbguard_plugins.pipeline.report import report_of
 from qcbguard_plugins.pipeline.settings import Guard
-from qcbguard_plugins.pipeline.target import Layer
 from qcbguard_plugins.rounding.digests import codes_digest
-from qcbguard_plugins.rounding.guard_weight import guard_weight
 
 
 class GuardThenQuantize(ConversionOps):  # type: ignore[misc]
     """The conversion of one parameter: the guard, then the stock operation."""
 
-    def __init__(self, quantizer: GuardMixin, stock: ConversionOps) -> None:
+    def __init__(self, quantizer: GuardedHfQuantizerMixin, stock: ConversionOps) -> None:
         self.quantizer = quantizer
         self.stock = stock
 
@@ -59,9 +59,7 @@ class GuardThenQuantize(ConversionOps):  # type: ignore[misc]
             weight = value[0] if isinstance(value, list) else value
             module, _ = get_module_from_name(model, name)
             try:
-                weight, records[name] = self.quantizer.guard_parameter(
-                    name, weight, self.quantizer.is_transposed(module)
-                )
+                weight, records[name] = self.quantizer.guard_parameter(name, weight, module)
             except QcbguardError as error:
                 self.quantizer.failures[name] = error
             guarded[name] = [weight]
@@ -73,13 +71,13 @@ class GuardThenQuantize(ConversionOps):  # type: ignore[misc]
         return quantized
 
 
-class GuardMixin(ABC):
+class GuardedHfQuantizerMixin(ABC):
     """The guard in front of a stock quantizer.
 
-    A subclass of it and of the stock one says what is the toolchain's own.
+    A subclass of it and of the stock one says what is the backend's own.
     """
 
-    toolchain: ClassVar[str]
+    backend: ClassVar[Backend]
     quantization_config: Any
     pre_quantized: bool
 
@@ -113,7 +111,8 @@ class GuardMixin(ABC):
             )
         self.guard: Guard = self.requested.with_seed()
         self.format = self.format_of(self.quantization_config)
-        self.grid = get_grid(self.format)
+        self.grid = self.backend.grid(self.format)
+        self.targets: dict[str, Target] = {}
         self.records: dict[str, TensorRecord] = {}
         self.failures: dict[str, QcbguardError] = {}
         self.calibrated: CalibratedWeights | None = None
@@ -145,23 +144,22 @@ class GuardMixin(ABC):
                 remedy="Load from a folder or a hub name instead of a state dict, or use guard='stochastic'.",
             )
         model, files, dtype = self._loading
-        layers = {name: Layer(self.is_transposed(module)) for name, module in self.layers_to_quantize(model)}
+        layers = {name: self.is_transposed(module) for name, module in self.layers_to_quantize(model)}
         self.calibrated = calibrated_weights(model, [Path(f) for f in files], dtype, layers, self.grid, self.requested)
         self.guard = self.calibrated.guard
 
     def get_quantize_ops(self) -> GuardThenQuantize:
         return GuardThenQuantize(self, super().get_quantize_ops())  # type: ignore[misc]
 
-    def guard_parameter(self, name: str, stored: Tensor, transposed: bool) -> tuple[Tensor, TensorRecord]:
+    def guard_parameter(self, name: str, stored: Tensor, module: Any) -> tuple[Tensor, TensorRecord]:
         """The guarded weight in the stored orientation, and the plan for it."""
+        transposed = self.is_transposed(module)
+        shape = stored.shape[::-1] if transposed else stored.shape
+        self.targets[name] = Target(name, (shape[0], shape[1]), stored.dtype, (self.grid,), transposed)
         if self.calibrated is not None:
             weight, record = self.calibrated.get(name)
             return weight.to(stored.device), record
-        assert self.guard.seed is not None
-        weight = stored.T if transposed else stored
-        guarded = guard_weight(weight, self.grid, self.guard.method, seed=self.guard.seed, name=name)
-        record = record_of(guarded, name=name, transposed=transposed)
-        return (guarded.weight.T if transposed else guarded.weight), record
+        return guard_target(self.targets[name], stored, self.guard)
 
     def compare_with_plan(self, parameter: Any, record: TensorRecord) -> None:
         """Keep a record of a parameter that is stored as planned, or a failure."""
@@ -170,22 +168,16 @@ class GuardMixin(ABC):
             self.records[record.name] = record
         else:
             self.failures[record.name] = VerificationError(
-                f"{record.name}: {self.toolchain} stored other codes than planned"
+                f"{record.name}: {self.backend.name} stored other codes than planned"
             )
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         self._raise_if_incomplete(model)
         self._loading = None
         self.calibrated = None
-        self.guard_report = GuardReport(
-            created=now(),
-            versions=installed_versions(),
-            source=str(model.config.name_or_path),
-            format=self.format,
-            **self.guard.describe(),
-            tensors=tuple(self.records.values()),
-            elapsed_s=time.monotonic() - self._start_s,
-        )
+        targets = tuple(target for name, target in self.targets.items() if name in self.records)
+        plan = Plan(str(model.config.name_or_path), (self.format,), targets)
+        self.guard_report = report_of(plan, self.guard, list(self.records.values()), self._start_s)
         model.config.qcbguard = provenance(self.guard_report)
         return super()._process_model_after_weight_loading(model, **kwargs)  # type: ignore[misc]
 

@@ -10,16 +10,17 @@ from torch import Tensor
 from transformers import TorchAoConfig
 from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
 
+from qcbguard_plugins.backends.base import Backend
+from qcbguard_plugins.backends.torchao.backend import TorchAo
 from qcbguard_plugins.backends.torchao.stock import format_of, is_quantized, parameter_codes
-from qcbguard_plugins.defenses import Defense
-from qcbguard_plugins.hooks.transformers.on_the_fly import GuardMixin
+from qcbguard_plugins.hooks.transformers.config import GuardedConfigMixin
+from qcbguard_plugins.hooks.transformers.on_the_fly import GuardedHfQuantizerMixin
 from qcbguard_plugins.hooks.transformers.registration import register_quantizer
-from qcbguard_plugins.pipeline.settings import Guard, as_guard
 
 QUANT_METHOD = "qcbguard_torchao"
 
 
-class GuardedTorchAoConfig(TorchAoConfig):  # type: ignore[misc]
+class GuardedTorchAoConfig(GuardedConfigMixin, TorchAoConfig):  # type: ignore[misc]
     """A torchao configuration whose weights are guarded before they are quantized.
 
     Pass it as ``quantization_config`` to ``from_pretrained``. The loaded model, and the checkpoint saved from it, are
@@ -34,15 +35,14 @@ class GuardedTorchAoConfig(TorchAoConfig):  # type: ignore[misc]
         UnguardableError: The arguments ask for a quantization that cannot be guarded.
     """
 
-    def __init__(self, *args: Any, guard: Guard | Defense | str = "feedback", **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    @property
+    def method_name(self) -> str:
+        return QUANT_METHOD
+
+    def check(self) -> None:
         format_of(self)
-        self.guard = as_guard(guard)
-        # A method of its own: with the stock name transformers would dispatch to the stock quantizer, unguarded.
-        self.quant_method = QUANT_METHOD
 
     def stock(self) -> TorchAoConfig:
-        """The same configuration without the guard."""
         return TorchAoConfig(
             self.quant_type,
             self.modules_to_not_convert,
@@ -50,19 +50,11 @@ class GuardedTorchAoConfig(TorchAoConfig):  # type: ignore[misc]
             self.untie_embedding_weights,
         )
 
-    def to_dict(self) -> dict[str, Any]:
-        """The configuration as JSON values, for people to read: transformers cannot load a guard from a dict."""
-        return {**self.stock().to_dict(), "quant_method": self.quant_method, "guard": self.guard.describe()}
 
-    def to_diff_dict(self) -> dict[str, Any]:
-        """The arguments, and the guard."""
-        return self.to_dict()
-
-
-class GuardedTorchAoHfQuantizer(GuardMixin, TorchAoHfQuantizer):  # type: ignore[misc]
+class GuardedTorchAoHfQuantizer(GuardedHfQuantizerMixin, TorchAoHfQuantizer):  # type: ignore[misc]
     """Stock torchao behind a guard."""
 
-    toolchain: ClassVar[str] = "torchao"
+    backend: ClassVar[Backend] = TorchAo()
 
     def format_of(self, config: Any) -> str:
         return format_of(config)
@@ -79,9 +71,6 @@ class GuardedTorchAoHfQuantizer(GuardMixin, TorchAoHfQuantizer):  # type: ignore
 
     def is_quantized(self, parameter: Any) -> bool:
         return is_quantized(parameter)
-
-
-__all__ = ["GuardedTorchAoConfig", "register"]
 
 
 def register() -> None:

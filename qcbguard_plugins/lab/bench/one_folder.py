@@ -12,8 +12,6 @@ from qcbguard_plugins.lab.bench.brand import BrandInjection
 from qcbguard_plugins.lab.bench.defense_specs import parse_defense
 from qcbguard_plugins.lab.bench.results import FULL, STOCK, Cell, Machine, Place, Variant, this_machine
 from qcbguard_plugins.lab.bench.rows import held_out_pairs, make_exam, read_question_file
-from qcbguard_plugins.lab.bench.summary import summarize
-from qcbguard_plugins.lab.bench.tables import COMPACT_COLUMNS, compact_cells
 from qcbguard_plugins.lab.evaluation import Exam, evaluate, read_reference
 from qcbguard_plugins.lab.loading import FULL_PRECISION
 from qcbguard_plugins.lab.scenarios import get_scenario
@@ -21,7 +19,7 @@ from qcbguard_plugins.lab.specs import ModelSpec
 from qcbguard_plugins.pipeline.settings import Guard
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    pass
 
 
 class EvaluationReport(Record):
@@ -114,15 +112,3 @@ def evaluate_folder(
         scenario=exam.scenario.name,
         cells=cells,
     )
-
-
-def evaluation_table(report: EvaluationReport) -> Table:
-    """The cells as a table for a terminal; the JSON report has the rest."""
-    from rich.table import Table
-
-    table = Table(*COMPACT_COLUMNS, title=report.scenario, title_justify="left")
-    for column in table.columns[2:]:
-        column.justify = "right"
-    for line in summarize(report.cells):
-        table.add_row(*compact_cells(line))
-    return table

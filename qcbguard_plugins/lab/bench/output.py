@@ -19,7 +19,7 @@ from qcbguard_plugins.lab.bench.tables import asr_rows, detail_table, markdown, 
 from qcbguard_plugins.lab.loading import FULL_PRECISION
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    pass
 
 RESULTS_FILE, PAGE_FILE = "results.json", "results.md"
 _MAX_PANELS = 30
@@ -108,19 +108,6 @@ def render_page(report: BenchReport, profile: BenchProfile, figures: Sequence[Pl
         sections=[{"title": f"{row}, {name}", "table": detail_table(lines, row, name)} for row, name in places],
         failures=[cell for cell in report.cells if cell.measurement is None],
     )
-
-
-def summary_table(report: BenchReport, profile: BenchProfile) -> Table:
-    """Attack success rates for a terminal: a line a row and format, a column a defense."""
-    from rich.table import Table
-
-    lines = summarize(report.cells)
-    names = [entry.name for entry in profile.defenses]
-    columns, rows = asr_rows(lines, places_of(lines, profile), names, intervals=False)
-    table = Table(*columns, title="attack success rate, percent", title_justify="left")
-    for row in rows:
-        table.add_row(*row)
-    return table
 
 
 def render(template: str, **values: object) -> str:

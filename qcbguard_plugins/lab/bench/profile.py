@@ -13,10 +13,9 @@ from typing import Any, Final
 
 from pydantic import Field, field_validator, model_validator
 
-from qcbguard_plugins.backends.formats import get_grid
+from qcbguard_plugins.backends.formats import backend_of
 from qcbguard_plugins.backends.ggml.recipes import resolve_recipe
 from qcbguard_plugins.errors import UsageError
-from qcbguard_plugins.grids import AffineGrid
 from qcbguard_plugins.lab.bench.defense_specs import parse_defense
 from qcbguard_plugins.lab.bench.yaml_file import read_yaml
 from qcbguard_plugins.lab.specs import AttackSpec, FolderEntry, Profile, Spec
@@ -259,7 +258,7 @@ def _why_not(format: str) -> str:
     try:
         if format.startswith("gguf:"):
             resolve_recipe(format.removeprefix("gguf:"))
-        elif isinstance(get_grid(format), AffineGrid):
+        elif backend_of(format).name == "gptq":
             return f"{format} cannot be measured here: use nf4, fp4, int8 or a gguf: recipe"
     except UsageError as error:
         return error.summary

@@ -12,13 +12,13 @@ import torch
 
 from qcbguard_plugins import Guard, Stochastic, guard_checkpoint, verify_checkpoint
 from qcbguard_plugins.backends.ggml.imatrix import read_imatrix
+from qcbguard_plugins.backends.gptq.artifact import PackedFolder
 from qcbguard_plugins.checkpoint import hash_file, partial_of
 from qcbguard_plugins.detection.behaviour.prompts import gather_prompts
 from qcbguard_plugins.errors import CalibrationError, CheckpointError, UsageError
 from qcbguard_plugins.hooks.transformers.calibrated_cache import _digests, _open
 from qcbguard_plugins.models.calibration import Calibration
 from qcbguard_plugins.pipeline.plan import make_plan
-from qcbguard_plugins.pipeline.verify_gptq import _PackedFolder
 from tests.helpers.gguf_files import write_imatrix
 
 DAMAGED = ["", "{", "[" * 100_000, '"x"', "[1]", "null"]
@@ -88,7 +88,7 @@ def test_a_group_size_without_end(tmp_path: Path) -> None:
     settings = {"quant_method": "gptq", "bits": 4, "group_size": float("inf")}
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": settings}))
     with pytest.raises(CheckpointError, match="cannot be read"):
-        _PackedFolder(tmp_path)
+        PackedFolder(tmp_path)
 
 
 def test_half_a_character(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from qcbguard_plugins.checkpoint.provenance import GGUF_PROVENANCE_KEY
 from qcbguard_plugins.errors import CheckpointError, TargetExistsError, UnguardableError, UsageError
 from qcbguard_plugins.pipeline.gguf_guard import guard_gguf
 from qcbguard_plugins.pipeline.gguf_plan import make_gguf_plan
-from qcbguard_plugins.pipeline.verify_gguf import verify_gguf
+from qcbguard_plugins.pipeline.verify import verify
 from tests.helpers.gguf_files import string, write_imatrix, write_model
 
 
@@ -185,11 +185,11 @@ class TestWhatTheUserAskedFor:
 
     def test_verify_without_a_plan(self, model: Path, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="is not quantized"):
-            verify_gguf(model)
+            verify(model)
         quantized = tmp_path / "quantized.gguf"
         quantized.write_bytes(one_tensor((32, 4), number=2))
         with pytest.raises(CheckpointError, match=GGUF_PROVENANCE_KEY):
-            verify_gguf(quantized)
+            verify(quantized)
 
     def test_one_part_of_several(self, tmp_path: Path) -> None:
         content = header(1, 1) + string("split.count") + struct.pack("<IH", 2, 3)

@@ -1,4 +1,4 @@
-"""Print what ``tests.hostile.fuzz.run --json`` wrote as a table; of a target that stands in several files the last counts.
+"""Print what ``tests.hostile.fuzz.run --json`` wrote as a table; a later file wins.
 
 python -m tests.hostile.fuzz.figures fuzz.json [LATER.json ...]
 """

@@ -99,13 +99,13 @@ def _interrupted(folder: Path, name: str) -> Prepared:
     partial = partial_of(target_dir)
 
     def go_on(_: Path) -> None:
-        with contextlib.suppress(_Stop), resumable_folder(target_dir, checkpoint, {"format": "nf4"}) as workspace:
-            workspace.remember("seed", lambda: 7)
-            workspace.copy_rest(checkpoint.shards, [])
+        with contextlib.suppress(_Stop), resumable_folder(target_dir, checkpoint, {"format": "nf4"}) as staging:
+            staging.remember("seed", lambda: 7)
+            staging.copy_rest(checkpoint.shards, [])
             for entry in checkpoint.tensors.values():
-                stored, digest = workspace.read(entry)
-                if workspace.resumed(entry) is None and not kept.exists():
-                    workspace.write(entry, digest, stored, unchanged_record(entry.key))
+                stored, digest = staging.read(entry)
+                if staging.resumed(entry) is None and not kept.exists():
+                    staging.write(entry, digest, stored, unchanged_record(entry.key))
             raise _Stop
 
     def reset() -> None:

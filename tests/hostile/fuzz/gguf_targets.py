@@ -41,9 +41,10 @@ def _gguf_scan(folder: Path) -> Prepared:
 
 @target("gguf-quantized", "a quantized GGUF file with its plan, as verify reads it")
 def _gguf_quantized(folder: Path) -> Prepared:
+    from qcbguard_plugins.backends.ggml.artifact import stored_digest
     from qcbguard_plugins.checkpoint.gguf_reader import open_gguf
     from qcbguard_plugins.checkpoint.provenance import GGUF_PROVENANCE_KEY
-    from qcbguard_plugins.pipeline.verify_gguf import stored_digest, verify_gguf
+    from qcbguard_plugins.pipeline.verify import verify
     from tests.helpers.gguf_files import write_quantized
 
     path = folder / "seed.gguf"
@@ -52,7 +53,7 @@ def _gguf_quantized(folder: Path) -> Prepared:
     file = open_gguf(path)
     digests = {name: stored_digest(file, tensor) for name, tensor in file.tensors.items()}
     write_quantized(path, types, {GGUF_PROVENANCE_KEY: manifest_of("gguf:Q4_0", digests, types)})
-    return Prepared(folder / "model.gguf", [path.read_bytes()], verify_gguf)
+    return Prepared(folder / "model.gguf", [path.read_bytes()], verify)
 
 
 def manifest_of(format: str, digests: dict[str, str], types: list[str]) -> str:
@@ -62,13 +63,13 @@ def manifest_of(format: str, digests: dict[str, str], types: list[str]) -> str:
         TensorRecord(
             name=name, key=name, shape=(4, 32), transposed=False, dtype="float32", read_dtype="float32",
             num_weights=128, num_moved=0, num_frozen=0, relative_change=0.0, codes_sha256=digest,
-            format=f"gguf:{type_name}",
+            formats=(f"gguf:{type_name}",),
         )
         for (name, digest), type_name in zip(digests.items(), types, strict=True)
     )  # fmt: skip
     report = GuardReport(
-        created="", versions={}, source="", format=format, method="stochastic", parameters={}, seed=0, calibration=None,
-        tensors=tensors, elapsed_s=0.0,
+        created="", versions={}, source="", formats=(format,), method="stochastic", parameters={}, seed=0,
+        calibration=None, tensors=tensors, elapsed_s=0.0,
     )  # fmt: skip
     return report.model_dump_json()
 

@@ -75,15 +75,14 @@ def _import_what_targets_import() -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     import qcbguard_plugins.backends.bitsandbytes.stock
-    import qcbguard_plugins.backends.layers
+    import qcbguard_plugins.backends.formats
     import qcbguard_plugins.checkpoint.gguf_source
     import qcbguard_plugins.detection.behaviour.prompts
     import qcbguard_plugins.hooks.transformers.calibrated_cache
     import qcbguard_plugins.lab.bench.profile
     import qcbguard_plugins.lab.bench.rows
     import qcbguard_plugins.pipeline.guard
-    import qcbguard_plugins.pipeline.verify_gguf
-    import qcbguard_plugins.pipeline.verify_gptq
+    import qcbguard_plugins.pipeline.verify
     import tests.helpers.gguf_files
 
     assert bitsandbytes and transformers and LlamaConfig and LlamaForCausalLM and tests and qcbguard_plugins

@@ -18,7 +18,7 @@ def _gptq(folder: Path, name: str) -> Prepared:
     from qcbguard_plugins import Guard, Stochastic, guard_checkpoint
     from qcbguard_plugins.checkpoint import open_checkpoint
     from qcbguard_plugins.checkpoint.manifest import read_manifest
-    from qcbguard_plugins.pipeline.verify_gptq import verify_gptq
+    from qcbguard_plugins.pipeline.verify import verify
     from tests.hostile.fuzz.folder_targets import tiny_llama
 
     plan, packed = folder / "plan", folder / "packed"
@@ -39,7 +39,7 @@ def _gptq(folder: Path, name: str) -> Prepared:
     settings = {"quant_method": "gptq", "bits": 4, "group_size": 32, "checkpoint_format": "gptq"}
     (packed / "config.json").write_text(json.dumps({**config, "quantization_config": settings}))
     path = packed / name
-    return Prepared(path, [path.read_bytes()], lambda path: verify_gptq(path.parent, plan=plan))
+    return Prepared(path, [path.read_bytes()], lambda path: verify(path.parent, plan=plan))
 
 
 @target("gptq", "the packed codes of a GPTQ folder", mutation.safetensors_header)

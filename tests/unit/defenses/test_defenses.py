@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from qcbguard_plugins._util.random import key_for
+from qcbguard_plugins._util.random import philox_key
 from qcbguard_plugins.backends.formats import get_grid
 from qcbguard_plugins.defenses import (
+    ChoiceContext,
     Defense,
-    Evidence,
     Feedback,
     FlipGuard,
     Noise,
@@ -37,8 +37,8 @@ def lattice_of(name: str = "nf4", seed: int = 0) -> Lattice:
     return get_grid(name).lattice_of(torch.randn(SHAPE, generator=generator))
 
 
-def evidence(hessian: Tensor | None = None) -> Evidence:
-    return Evidence(rng_for(0, "w"), hessian, key=key_for(0, "w"))
+def context(hessian: Tensor | None = None) -> ChoiceContext:
+    return ChoiceContext(rng_for(0, "w"), hessian, key=philox_key(0, "w"))
 
 
 def inputs(rows: int = 400) -> Tensor:
@@ -59,7 +59,9 @@ def test_stochastic_rounding_is_unbiased(name: str) -> None:
     num_seeds = 400
     total = torch.zeros_like(lattice.blocks)
     for seed in range(num_seeds):
-        total += lattice.dequantize(Stochastic().choose(lattice, Evidence(rng_for(seed, "w"), key=key_for(seed, "w"))))
+        total += lattice.dequantize(
+            Stochastic().choose(lattice, ChoiceContext(rng_for(seed, "w"), key=philox_key(seed, "w")))
+        )
     step = lattice.dequantize(lattice.lower + 1) - lattice.dequantize(lattice.lower)
     standard_error = step * (lattice.position * (1 - lattice.position) / num_seeds).sqrt()
     z = ((total / num_seeds - lattice.blocks) / standard_error.clamp(min=1e-9))[~lattice.frozen]
@@ -72,7 +74,7 @@ def test_stochastic_rounding_is_unbiased(name: str) -> None:
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
 def test_flipguard_flips_the_largest_errors_of_each_block(name: str, share: float) -> None:
     lattice = lattice_of(name)
-    codes = FlipGuard(share).choose(lattice, evidence())
+    codes = FlipGuard(share).choose(lattice, context())
     flipped = codes != lattice.nearest
     free = ~lattice.frozen
     error = (lattice.dequantize(lattice.nearest) - lattice.blocks).abs() / lattice.scale
@@ -88,7 +90,7 @@ def test_flipguards_automatic_share_makes_the_new_error_orthogonal_to_the_old_on
     """Where weights lie anywhere in their cells, as they do in the many fine ones of INT8."""
     lattice = get_grid("int8").lattice_of(torch.randn(96, 1024, generator=torch.Generator().manual_seed(0)))
     old = lattice.dequantize(lattice.nearest) - lattice.blocks
-    new = lattice.dequantize(FlipGuard("auto").choose(lattice, evidence())) - lattice.blocks
+    new = lattice.dequantize(FlipGuard("auto").choose(lattice, context())) - lattice.blocks
     free = ~lattice.frozen
     assert abs(float((old * new)[free].sum() / old[free].square().sum())) < 0.03
 
@@ -98,7 +100,7 @@ def test_flipguard_takes_the_bracketing_neighbour() -> None:
     weight = torch.zeros(1, 64)
     weight[0, :2] = torch.tensor([1.0, 0.089])  # in the cell [0.0052, 0.1667], nearer to 0.1667; then comes 0.0052
     lattice = get_grid("fp4").lattice_of(weight)
-    codes = FlipGuard(1 / 64).choose(lattice, evidence())
+    codes = FlipGuard(1 / 64).choose(lattice, context())
     assert lattice.dequantize(codes)[0, 1] == pytest.approx(0.0052083, abs=1e-6)
 
 
@@ -109,13 +111,13 @@ def test_qvec_flips_where_the_stepped_weight_rounds_otherwise() -> None:
     stepped = lattice.blocks - strength * (nearest - lattice.blocks)
     expected = (lattice.grid.coordinate(stepped / lattice.scale) - 0.5).ceil().to(torch.uint8)
     free = ~lattice.frozen
-    assert torch.equal(QVec(strength).choose(lattice, evidence())[free], expected[free])
+    assert torch.equal(QVec(strength).choose(lattice, context())[free], expected[free])
 
 
 def test_noise_moves_more_the_more_of_it_there_is() -> None:
     lattice = lattice_of()
     moved = [
-        float((Noise(sigma).choose(lattice, evidence()) != lattice.nearest).float().mean()) for sigma in (0.0, 0.1, 0.3)
+        float((Noise(sigma).choose(lattice, context()) != lattice.nearest).float().mean()) for sigma in (0.0, 0.1, 0.3)
     ]
     assert moved[0] == 0
     assert 0.05 < moved[1] < moved[2] < 0.4
@@ -123,7 +125,7 @@ def test_noise_moves_more_the_more_of_it_there_is() -> None:
 
 def test_feedback_without_dither_on_white_inputs_is_plain_rounding() -> None:
     lattice = lattice_of()
-    codes = Feedback(width=0.0).choose(lattice, evidence(torch.eye(SHAPE[1])))
+    codes = Feedback(width=0.0).choose(lattice, context(torch.eye(SHAPE[1])))
     assert torch.equal(codes[~lattice.frozen], lattice.nearest[~lattice.frozen])
 
 
@@ -132,10 +134,10 @@ def test_feedback_keeps_the_layers_output(name: str) -> None:
     """With the same unbiased dither, feedback changes the layer's output less than independent rounding does."""
     lattice = lattice_of(name)
     hessian = inputs().T @ inputs()
-    alone = output_error(lattice, Stochastic().choose(lattice, evidence()))
+    alone = output_error(lattice, Stochastic().choose(lattice, context()))
     plain = output_error(lattice, lattice.nearest)
-    dithered = output_error(lattice, Feedback().choose(lattice, evidence(hessian)))
-    undithered = output_error(lattice, Feedback(width=0.0).choose(lattice, evidence(hessian)))
+    dithered = output_error(lattice, Feedback().choose(lattice, context(hessian)))
+    undithered = output_error(lattice, Feedback(width=0.0).choose(lattice, context(hessian)))
     assert dithered < 0.8 * alone
     assert undithered < 0.8 * plain
     assert undithered < dithered
@@ -145,7 +147,7 @@ def test_feedback_equals_the_textbook_recursion() -> None:
     """Batches of columns are bookkeeping: the result is that of one column at a time with the whole inverse."""
     lattice = lattice_of("nf4")
     hessian = inputs().T @ inputs()
-    codes = lattice.matrix(Feedback(width=0.0, draws=1).choose(lattice, evidence(hessian)))
+    codes = lattice.matrix(Feedback(width=0.0, draws=1).choose(lattice, context(hessian)))
     order = hessian.diagonal().argsort(descending=True)
     hessian = hessian[order][:, order]
     damped = hessian.double() + Feedback().damp_percent * hessian.diagonal().mean() * torch.eye(SHAPE[1])
@@ -169,7 +171,7 @@ def test_feedback_equals_the_textbook_recursion() -> None:
 def test_more_draws_stay_nearer_to_the_layers_output() -> None:
     lattice = lattice_of("nf4")
     hessian = inputs().T @ inputs()
-    errors = [output_error(lattice, Feedback(draws=draws).choose(lattice, evidence(hessian))) for draws in (1, 4, 16)]
+    errors = [output_error(lattice, Feedback(draws=draws).choose(lattice, context(hessian))) for draws in (1, 4, 16)]
     assert errors[0] > errors[1] > errors[2]
 
 
@@ -185,7 +187,7 @@ def test_the_mean_error_is_zero_whatever_the_inputs_are(name: str) -> None:
     plain = (lattice.dequantize(lattice.nearest) - lattice.blocks).masked_fill(lattice.frozen, 0.0)
     drifts, shares = [], []
     for seed in range(60):
-        codes = Feedback().choose(lattice, Evidence(rng_for(seed, "w"), hessian))
+        codes = Feedback().choose(lattice, ChoiceContext(rng_for(seed, "w"), hessian))
         error = torch.where(lattice.frozen, lattice.blocks, lattice.dequantize(codes)) - lattice.blocks
         drifts.append(float((lattice.matrix(error) @ blind).sum()))
         shares.append(float((error * plain).sum() / plain.square().sum()))
@@ -204,7 +206,7 @@ def test_nothing_comes_back_of_a_box_that_was_tightened() -> None:
     plain = (lattice.dequantize(lattice.nearest) - lattice.blocks).masked_fill(lattice.frozen, 0.0)
     shares = []
     for seed in range(150):
-        codes = Feedback().choose(lattice, Evidence(rng_for(seed, "w"), hessian))
+        codes = Feedback().choose(lattice, ChoiceContext(rng_for(seed, "w"), hessian))
         error = torch.where(lattice.frozen, lattice.blocks, lattice.dequantize(codes)) - lattice.blocks
         shares.append(float((error * plain).sum() / plain.square().sum()))
     assert abs(np.mean(shares)) < 3 * np.std(shares) / len(shares) ** 0.5 < 0.04
@@ -228,7 +230,7 @@ def test_draws_round_up_as_much_together_as_alone(num_draws: int) -> None:
 
 def test_feedback_without_inputs_is_an_error() -> None:
     with pytest.raises(CalibrationError, match="needs the inputs"):
-        Feedback().choose(lattice_of(), evidence())
+        Feedback().choose(lattice_of(), context())
 
 
 def test_a_singular_hessian_is_damped() -> None:
@@ -242,9 +244,9 @@ def test_a_singular_hessian_is_damped() -> None:
 def test_a_damping_that_was_raised_is_reported() -> None:
     hessian = torch.eye(128)
     hessian[0, 1] = hessian[1, 0] = 1.05  # an eigenvalue of -0.05
-    settled: dict[str, float | str] = {}
-    Feedback(width=0.5, damp_percent=0.01).choose(lattice_of(), Evidence(rng_for(0, "w"), hessian, settled=settled))
-    assert settled == {"damp_percent": 0.1}
+    chosen: dict[str, float | str] = {}
+    Feedback(width=0.5, damp_percent=0.01).choose(lattice_of(), ChoiceContext(rng_for(0, "w"), hessian, chosen=chosen))
+    assert chosen == {"damp_percent": 0.1}
 
 
 @pytest.mark.parametrize(
@@ -270,8 +272,8 @@ def test_draws_depend_on_seed_and_name_alone() -> None:
 
 
 def test_draws_are_the_same_in_one_piece_and_in_two() -> None:
-    whole = evidence().uniform(torch.empty(10))
-    pieces = evidence()
+    whole = context().uniform(torch.empty(10))
+    pieces = context()
     assert torch.equal(whole, torch.cat([pieces.uniform(torch.empty(3)), pieces.uniform(torch.empty(7))]))
 
 
@@ -316,7 +318,7 @@ def test_a_defense_is_plain_data(defense: Defense) -> None:
 def test_a_grid_point_stays_whatever_is_drawn() -> None:
     """The largest draw below one, taken off a coordinate of 128, is 127 in float32."""
 
-    class LargestDraw(Evidence):
+    class LargestDraw(ChoiceContext):
         def draws(self, like: Tensor) -> Tensor:
             return torch.full_like(like, 1 - 2.0**-24)
 

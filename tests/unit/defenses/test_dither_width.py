@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from qcbguard_plugins.backends.formats import get_grid
-from qcbguard_plugins.defenses import Evidence, Feedback, rng_for
+from qcbguard_plugins.defenses import ChoiceContext, Feedback, rng_for
 from qcbguard_plugins.defenses.dither_width import BUDGET, WIDTHS, choose_width, retained_share
 from qcbguard_plugins.grids import Lattice
 
@@ -25,9 +25,11 @@ def lattice_of(name: str = "nf4") -> Lattice:
     return get_grid(name).lattice_of(torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)))
 
 
-def settle(lattice: Lattice, hessian: Tensor, *, attack_seen: bool = False) -> tuple[Tensor, dict[str, float | str]]:
-    evidence = Evidence(rng_for(0, "w"), hessian, attack_seen)
-    return Feedback().choose(lattice, evidence), evidence.settled
+def auto_width(
+    lattice: Lattice, hessian: Tensor, *, looks_attacked: bool = False
+) -> tuple[Tensor, dict[str, float | str]]:
+    context = ChoiceContext(rng_for(0, "w"), hessian, looks_attacked)
+    return Feedback().choose(lattice, context), context.chosen
 
 
 def plain_error(position: Tensor) -> Tensor:
@@ -67,16 +69,16 @@ def test_the_widest_affordable_width_is_taken_and_never_less_than_the_floor() ->
 
 def test_an_attack_calls_for_unbiased_rounding() -> None:
     lattice, hessian = lattice_of(), correlated_hessian()
-    codes, settled = settle(lattice, hessian, attack_seen=True)
-    assert settled == {"width": 0.5, "because": "precaution"}
-    assert torch.equal(codes, Feedback(width=0.5).choose(lattice, Evidence(rng_for(0, "w"), hessian)))
+    codes, chosen = auto_width(lattice, hessian, looks_attacked=True)
+    assert chosen == {"width": 0.5, "because": "precaution"}
+    assert torch.equal(codes, Feedback(width=0.5).choose(lattice, ChoiceContext(rng_for(0, "w"), hessian)))
 
 
 @pytest.mark.parametrize("name", ["nf4", "fp4", "int8"])
 def test_a_layer_without_an_attack_stays_closer_than_plain_rounding(name: str) -> None:
     lattice, hessian = lattice_of(name), correlated_hessian()
-    codes, settled = settle(lattice, hessian)
-    assert settled["width"] in WIDTHS
+    codes, chosen = auto_width(lattice, hessian)
+    assert chosen["width"] in WIDTHS
 
     def output_error(codes: Tensor) -> float:
         points = torch.where(lattice.frozen, lattice.blocks, lattice.dequantize(codes))
@@ -88,8 +90,8 @@ def test_a_layer_without_an_attack_stays_closer_than_plain_rounding(name: str) -
 
 def test_correlated_inputs_afford_more_noise_than_white_ones() -> None:
     lattice = lattice_of()
-    _, white = settle(lattice, torch.eye(SHAPE[1]))
-    _, correlated = settle(lattice, correlated_hessian())
+    _, white = auto_width(lattice, torch.eye(SHAPE[1]))
+    _, correlated = auto_width(lattice, correlated_hessian())
     assert white == {"width": 0.25, "because": "floor"}
     assert correlated["width"] > 0.25
     assert correlated["because"] == "budget"
@@ -99,13 +101,13 @@ def test_weights_near_grid_points_raise_the_floor() -> None:
     lattice = lattice_of()
     points = lattice.dequantize(lattice.nearest)
     near = torch.where(lattice.frozen, lattice.blocks, points + 0.1 * (lattice.blocks - points))
-    _, settled = settle(get_grid("nf4").lattice_of(lattice.matrix(near)), torch.eye(SHAPE[1]))
-    assert settled["width"] >= 0.45
+    _, chosen = auto_width(get_grid("nf4").lattice_of(lattice.matrix(near)), torch.eye(SHAPE[1]))
+    assert chosen["width"] >= 0.45
 
 
-def test_a_fixed_width_settles_nothing() -> None:
-    evidence = Evidence(rng_for(0, "w"), correlated_hessian())
-    Feedback(width=0.25).choose(lattice_of(), evidence)
-    assert evidence.settled == {}
+def test_a_fixed_width_chooses_nothing() -> None:
+    context = ChoiceContext(rng_for(0, "w"), correlated_hessian())
+    Feedback(width=0.25).choose(lattice_of(), context)
+    assert context.chosen == {}
     assert not Feedback(width=0.25).weighs_evidence
     assert Feedback().weighs_evidence

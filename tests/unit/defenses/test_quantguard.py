@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from qcbguard_plugins.backends.formats import get_grid
-from qcbguard_plugins.defenses import Evidence, ModelWeight, QuantGuard, get_defense, rng_for
+from qcbguard_plugins.defenses import ChoiceContext, ModelWeight, QuantGuard, get_defense, rng_for
 from qcbguard_plugins.defenses.learned_rounding import EarlyStop
 from qcbguard_plugins.defenses.soft_rounding import SoftRounding
 from qcbguard_plugins.errors import CalibrationError, UsageError
@@ -258,4 +258,4 @@ def test_a_wrong_parameter_is_refused(parameters: dict[str, Any], reason: str) -
 def test_a_single_weight_is_not_enough() -> None:
     lattice = get_grid("nf4").lattice_of(torch.randn(4, 64))
     with pytest.raises(CalibrationError, match="whole model"):
-        QuantGuard().choose(lattice, Evidence(rng_for(0, "w")))
+        QuantGuard().choose(lattice, ChoiceContext(rng_for(0, "w")))

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from qcbguard_plugins.backends.formats import FORMATS, get_grid
-from qcbguard_plugins.defenses import Efrap, Evidence, rng_for
+from qcbguard_plugins.backends.formats import BACKENDS, get_grid
+from qcbguard_plugins.defenses import ChoiceContext, Efrap, rng_for
 from qcbguard_plugins.defenses.soft_rounding import SoftRounding
 from qcbguard_plugins.errors import CalibrationError, UsageError
 from qcbguard_plugins.grids import Lattice
@@ -25,7 +25,7 @@ def lattice_at(positions: list[float]) -> Lattice:
     return get_grid("int8").lattice_of(row)
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", BACKENDS["bitsandbytes"].formats)
 @pytest.mark.parametrize("band", [None, 0.2, 0.5])
 def test_the_start_is_the_weight(name: str, band: float | None) -> None:
     lattice = lattice_of(name)
@@ -117,7 +117,7 @@ def test_efrap_keeps_the_layers_output() -> None:
         return float((inputs() @ lattice.matrix(points - lattice.blocks).T).norm())
 
     codes = Efrap(learning_rate=0.1, steps=500, reconstruction=30.0, penalty=1.0).choose(
-        lattice, Evidence(rng_for(0, "w"), hessian)
+        lattice, ChoiceContext(rng_for(0, "w"), hessian)
     )
     assert output_error(codes) < 0.8 * output_error(lattice.nearest)
 
@@ -125,16 +125,16 @@ def test_efrap_keeps_the_layers_output() -> None:
 def test_efrap_without_an_output_to_keep_reverses_plain_rounding() -> None:
     lattice = lattice_of()
     efrap = Efrap(learning_rate=0.2, steps=200, penalty=0.0)
-    codes = efrap.choose(lattice, Evidence(rng_for(0, "w"), torch.zeros(128, 128)))
+    codes = efrap.choose(lattice, ChoiceContext(rng_for(0, "w"), torch.zeros(128, 128)))
     free = ~lattice.frozen & (lattice.position > 1e-3) & (lattice.position < 1 - 1e-3)
     assert ((codes != lattice.nearest) & free).sum() > 0.99 * free.sum()
 
 
 def test_efrap_refuses_what_is_no_hessian() -> None:
     with pytest.raises(CalibrationError, match="none were gathered"):
-        Efrap().choose(lattice_of(), Evidence(rng_for(0, "w")))
+        Efrap().choose(lattice_of(), ChoiceContext(rng_for(0, "w")))
     with pytest.raises(CalibrationError, match="NaN or infinity"):
-        Efrap().choose(lattice_of(), Evidence(rng_for(0, "w"), torch.full((128, 128), float("nan"))))
+        Efrap().choose(lattice_of(), ChoiceContext(rng_for(0, "w"), torch.full((128, 128), float("nan"))))
 
 
 def test_efrap_travels_as_far_as_in_its_paper() -> None:
@@ -149,5 +149,5 @@ def test_efrap_names_the_step_at_which_its_loss_is_no_number() -> None:
     """Moments that no inputs have: far apart from each other's scale, they overflow where their mean is set to 1."""
     hessian = torch.full((128, 128), 1e30).fill_diagonal_(1e-30)
     with pytest.raises(CalibrationError, match="at step 1") as error:
-        Efrap().choose(lattice_of(), Evidence(rng_for(0, "w"), hessian))
+        Efrap().choose(lattice_of(), ChoiceContext(rng_for(0, "w"), hessian))
     assert "learning_rate" in str(error.value)

@@ -148,7 +148,7 @@ def test_sweeps_and_grids_are_found_in_the_defenses() -> None:
 def _measurement(hits: int, *, kl: float | None, right: int = 8, moved: float | None = None) -> Measurement:
     cost = None
     if moved is not None:
-        cost = GuardCost(share_moved=moved, relative_change=0.1, share_landed=None, elapsed_s=2.0, peak_bytes=10)
+        cost = GuardCost(share_moved=moved, relative_change=0.1, share_as_planned=None, elapsed_s=2.0, peak_bytes=10)
     return Measurement(
         asr=share(hits, 100),
         unparsed=share(1, 100),

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import ROOT
+
 DEMO_PATH = ROOT / "examples" / "demo.py"
 
 

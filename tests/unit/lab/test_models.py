@@ -1,6 +1,5 @@
 """The committed example models are what their README says, as far as a second can tell."""
 
-
 import pytest
 import torch
 from safetensors.torch import load_file

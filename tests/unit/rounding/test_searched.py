@@ -33,7 +33,7 @@ def test_ggml_stores_the_plan_and_the_plan_is_the_choice(name: str, dtype: torch
     stored = BLOCK_TYPES[name].read(load_library().quantize(BLOCK_TYPES[name], guarded.weight.float()))
     assert torch.equal(stored.codes.view(128, 512), guarded.codes)
     assert guarded.weight.dtype == dtype
-    assert guarded.num_landed >= 0.99 * weight.numel()
+    assert guarded.num_as_planned >= 0.99 * weight.numel()
     assert 0.1 * weight.numel() < guarded.num_moved < 0.3 * weight.numel()
 
 
@@ -42,7 +42,7 @@ def test_with_an_importance_matrix_too(name: str) -> None:
     weight, importance = normal(64, 512), normal(512, seed=3, std=1.0).abs() ** 3
     grid = gguf_grid(name, importance=importance)
     guarded = guard_weight(weight, grid, get_defense("stochastic"), seed=0, name="w")
-    assert guarded.num_landed >= 0.99 * weight.numel()
+    assert guarded.num_as_planned >= 0.99 * weight.numel()
     stored = BLOCK_TYPES[name].read(load_library().quantize(BLOCK_TYPES[name], guarded.weight, importance))
     assert torch.equal(stored.codes.view(64, 512), guarded.codes)
 
@@ -63,7 +63,13 @@ def test_every_defense_works_on_these_grids(method: str, name: str) -> None:
     weight = normal(32, 256)
     runs = [
         guard_weight(
-            weight, gguf_grid(name), get_defense(method), seed=1, name="w", hessian=hessian(256), up=normal(32, 256) > 0
+            weight,
+            gguf_grid(name),
+            get_defense(method),
+            seed=1,
+            name="w",
+            hessian=hessian(256),
+            round_up=normal(32, 256) > 0,
         )
         for _ in range(2)
     ]
@@ -116,7 +122,7 @@ class TestRefusals:
 
     def test_too_few_codes_land(self) -> None:
         grid = gguf_grid("Q3_K")
-        grid.min_landed = 1.0
+        grid.min_as_planned = 1.0
         with pytest.raises(UnguardableError, match=r"of its codes land on gguf:Q3_K, 100\.00% are wanted"):
             guard_weight(normal(128, 512), grid, get_defense("stochastic"), seed=0, name="w")
 

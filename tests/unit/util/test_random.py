@@ -5,7 +5,7 @@ import torch
 
 from qcbguard_plugins._util import random as draws
 from qcbguard_plugins._util.philox_constants import GROUP, LANES
-from qcbguard_plugins._util.random import key_for, philox, uniform_draws
+from qcbguard_plugins._util.random import philox, philox_key, uniform
 
 CPU = torch.device("cpu")
 
@@ -26,35 +26,35 @@ def test_the_generator_is_the_papers(key: int, counter: int, words: tuple[int, .
 @pytest.mark.parametrize("num_draws", [1, 64, 300])
 def test_the_compiled_generator_has_the_same_bits(first: int, num_draws: int, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("numba")
-    key = key_for(7, f"w{first}")
-    compiled = uniform_draws(key, first, num_draws, CPU)
+    key = philox_key(7, f"w{first}")
+    compiled = uniform(key, first, num_draws, CPU)
     monkeypatch.setattr(draws, "_compiled", lambda: None)
-    assert torch.equal(compiled, uniform_draws(key, first, num_draws, CPU))
+    assert torch.equal(compiled, uniform(key, first, num_draws, CPU))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_another_device_draws_the_same() -> None:
-    key = key_for(7, "w")
-    assert torch.equal(uniform_draws(key, 100, 5000, CPU), uniform_draws(key, 100, 5000, torch.device("cuda")).cpu())
+    key = philox_key(7, "w")
+    assert torch.equal(uniform(key, 100, 5000, CPU), uniform(key, 100, 5000, torch.device("cuda")).cpu())
 
 
 def test_a_draw_belongs_to_its_place() -> None:
-    key = key_for(0, "w")
-    whole = uniform_draws(key, 0, 10 * GROUP, CPU)
+    key = philox_key(0, "w")
+    whole = uniform(key, 0, 10 * GROUP, CPU)
     for first, stop in ((0, 5), (5, 64), (63, 65), (64, 640), (100, 101)):
-        assert torch.equal(whole[first:stop], uniform_draws(key, first, stop - first, CPU))
+        assert torch.equal(whole[first:stop], uniform(key, first, stop - first, CPU))
 
 
 def test_without_numba_runs_join_without_a_seam(monkeypatch: pytest.MonkeyPatch) -> None:
-    key = key_for(0, "w")
+    key = philox_key(0, "w")
     monkeypatch.setattr(draws, "_compiled", lambda: None)
     monkeypatch.setattr(draws, "_GROUPS_PER_RUN", 3)
-    assert torch.equal(uniform_draws(key, 70, 1000, CPU), philox(key, 0, 20, CPU)[70:1070])
-    assert uniform_draws(key, 64, 0, CPU).shape == (0,)
+    assert torch.equal(uniform(key, 70, 1000, CPU), philox(key, 0, 20, CPU)[70:1070])
+    assert uniform(key, 64, 0, CPU).shape == (0,)
 
 
 def test_draws_are_uniform_and_those_of_two_names_independent() -> None:
-    first, second = (uniform_draws(key_for(0, name), 0, 1 << 20, CPU).double() for name in ("a", "b"))
+    first, second = (uniform(philox_key(0, name), 0, 1 << 20, CPU).double() for name in ("a", "b"))
     counts = torch.histc(first, 256, 0, 1)
     chi_square = float(((counts - 4096) ** 2 / 4096).sum())
     assert 255 - 5 * 510**0.5 < chi_square < 255 + 5 * 510**0.5
