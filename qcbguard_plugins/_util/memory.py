@@ -2,54 +2,29 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-from typing import TYPE_CHECKING
+import psutil
+from pydantic import ByteSize
 
 from qcbguard_plugins.errors import MemoryBudgetError
 
-if TYPE_CHECKING:
-    pass
-
-
-_STATUS = Path("/proc/self/status")
-
 
 def resident_bytes() -> int:
-    """Memory that this process holds now; 0 where the system does not tell."""
-    return read_status("VmRSS") or 0
+    """Memory that this process holds now."""
+    return int(psutil.Process().memory_info().rss)
 
 
 def available_bytes() -> int:
     """Memory that this process could hold: what it has and what the machine has left."""
-    pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        lines = []
-    left = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), pages)
-    return left + resident_bytes()
-
-
-def read_status(field: str) -> int | None:
-    """A size in ``/proc/self/status``, in bytes; ``None`` where there is none."""
-    try:
-        lines = _STATUS.read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), None)
+    return int(psutil.virtual_memory().available) + resident_bytes()
 
 
 def human_bytes(count: float) -> str:
     """A number of bytes in the largest unit that keeps it above one."""
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}"
-        count /= 1024
-    return f"{count:.1f} GiB"
+    return ByteSize(count).human_readable(separator=" ")
 
 
 def budget_or_available(budget_bytes: int | None) -> int:
+    """A budget in bytes: the user's, or what this process could hold."""
     return available_bytes() if budget_bytes is None else budget_bytes
 
 
@@ -59,6 +34,17 @@ def require_room(
     why: str,
     remedy: str = "Raise --max-memory or free some; --method stochastic needs least.",
 ) -> None:
+    """Refuse a run that does not fit.
+
+    Args:
+        peak: What the process will hold at its peak, in bytes.
+        budget_bytes: What it may hold; by default what the machine has left.
+        why: What needs that much.
+        remedy: What the user can do.
+
+    Raises:
+        MemoryBudgetError: It needs more.
+    """
     budget = budget_or_available(budget_bytes)
     if peak <= budget:
         return

@@ -9,11 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from qcbguard_plugins._util.memory import read_status
+from qcbguard_plugins._util.memory import resident_bytes
 
 T = TypeVar("T")
 
-_RESET = Path("/proc/self/clear_refs")
+_STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 # The kernel sets the high-water mark back to the present size when it is sent this number (proc_pid_clear_refs(5)).
 _RESET_HIGH_WATER_MARK = "5"
 
@@ -26,10 +26,18 @@ def with_peak_bytes(work: Callable[[], T]) -> tuple[T, int | None]:
         tell (anything but Linux).
     """
     _return_freed_memory()
-    before = read_status("VmRSS") if _reset() else None
+    before = resident_bytes() if _reset() else None
     result = work()
-    peak = read_status("VmHWM")
-    return result, None if before is None or peak is None else max(0, peak - before)
+    return result, None if before is None else max(0, peak_bytes() - before)
+
+
+def peak_bytes() -> int:
+    """The most that this process held since it began, or since the mark was set back, in bytes; Linux only.
+
+    psutil does not tell the high-water mark of Linux.
+    """
+    lines = _STATUS.read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
 def _return_freed_memory() -> None:

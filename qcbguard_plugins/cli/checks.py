@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Literal
 
 import torch
@@ -13,11 +14,14 @@ from qcbguard_plugins.backends.base import Backend
 from qcbguard_plugins.backends.formats import BACKENDS, versions
 from qcbguard_plugins.defenses import Stochastic
 from qcbguard_plugins.errors import MissingDependencyError, QcbguardError
+from qcbguard_plugins.models.skeleton import require_hooks
 from qcbguard_plugins.rounding.guard_weight import guard_weight
 
 # Every GGUF type fits it.
 _PROBE_SHAPE = (96, 256)
 _SEED = 0
+
+_HOOKS = ("bitsandbytes", "gptq", "torchao")
 
 Status = Literal["ok", "note", "absent", "FAILED"]
 
@@ -61,7 +65,19 @@ def _check_backend(backend: Backend) -> Iterator[Check]:
         yield Check(backend.name, "absent", f"{error.summary}; {error.remedy}" if error.remedy else error.summary)
         return
     yield from (_check_format(backend, name) for name in backend.formats)
+    if backend.name in _HOOKS:
+        yield _check_hook(backend.name)
     yield from (Check(subject, "note", text) for subject, text in backend.notes().items())
+
+
+def _check_hook(name: str) -> Check:
+    """See whether guarded loads of a backend can be registered in this transformers."""
+    try:
+        require_hooks()
+        import_module(f"qcbguard_plugins.hooks.transformers.{name}").register()
+    except QcbguardError as error:
+        return Check(f"{name} in transformers", "FAILED", str(error))
+    return Check(f"{name} in transformers", "ok", "guarded loads are registered")
 
 
 def _check_format(backend: Backend, name: str) -> Check:

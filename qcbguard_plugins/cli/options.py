@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import json
-import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from qcbguard_plugins.errors import UsageError
 
 if TYPE_CHECKING:
     from qcbguard_plugins.backends.ggml.options import GgufOptions
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kKmMgGtT]?)(iB|B)?")
+_SIZE = TypeAdapter(ByteSize)
 _OPTIONS = (
     click.option(
         "--llama-quantize",
@@ -72,12 +72,10 @@ class Bytes(click.ParamType[int]):
     name = "SIZE"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        match = _SIZE.fullmatch(str(value).strip())
-        if match is None:
+        try:
+            return int(_SIZE.validate_python(value))
+        except ValidationError:
             self.fail(f"{value!r} is not a size such as 6GiB, 512MiB or 8GB", param, ctx)
-        power = " kmgt".index(match[2].lower()) if match[2] else 0
-        base = 1024 if match[3] == "iB" else 1000
-        return round(float(match[1]) * float(base**power))
 
 
 max_memory_option = click.option(

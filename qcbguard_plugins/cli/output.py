@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from pathlib import Path
@@ -72,8 +73,9 @@ def print_json(value: Any) -> None:
 
 def quieten_libraries() -> None:
     """Keep the progress bars and notices of libraries out of ours."""
-    from transformers.utils import logging as transformers_logging
+    with contextlib.suppress(ImportError):  # an install without models is quiet
+        from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+        transformers_logging.set_verbosity_error()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -188,6 +188,8 @@ def _problem(target: Target, entry: TensorEntry | None) -> str:
         return f"{target.name}  not stored as one tensor of the checkpoint"
     if entry.dtype not in DTYPES:
         return f"{target.name}  stored as {entry.dtype or 'a dtype that is not full precision'}"
+    if len(entry.shape) != 2:
+        return f"{target.name}  shape {entry.shape} is not a matrix"
     if entry.shape != target.stored_shape:
         return f"{target.name}  stored with shape {entry.shape}, config.json says {target.stored_shape}"
     unfit = next((problem for grid in target.grids if (problem := grid.fits(target.shape))), "")

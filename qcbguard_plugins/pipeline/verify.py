@@ -73,7 +73,9 @@ def verify_checkpoint(folder: Path | str, *, progress: Progress | None = None) -
 def open_verification(path: Path, plan: Path | None) -> Verification:
     """Open what is to be compared; see :func:`verify`."""
     if not path.exists():
-        raise UsageError(f"{path} does not exist", remedy="Give a guarded folder, or what a stock quantizer wrote.")
+        raise CheckpointError(
+            f"{path} does not exist", remedy="Give a guarded folder, or what a stock quantizer wrote."
+        )
     artifact = next((found for backend in BACKENDS.values() if (found := backend.open_artifact(path))), None)
     if artifact is not None:
         report = artifact.find_plan(plan)

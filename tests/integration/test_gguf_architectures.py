@@ -53,4 +53,4 @@ def test_other_architectures(
     script = script_of(TREE, tmp_path)
     converted = convert(script, tmp_path / "guarded", tmp_path / "model.gguf", "--outtype", "f32")
     verdict = verify(quantize(converted, "Q4_K_M"), plan=tmp_path / "guarded")
-    assert verdict.clean and verdict.num_as_planned == len(report.tensors) > 8
+    assert verdict.clean and verdict.num_tensors_as_planned == len(report.tensors) > 8

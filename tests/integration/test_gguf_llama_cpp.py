@@ -69,7 +69,7 @@ class TestGgufFile:
         for name in before.tensors:
             assert bool((before.read_bytes(name) == after.read_bytes(name)).all()) == (name not in targets)
         verdict = verify(quantize(target, recipe))
-        assert verdict.clean and verdict.num_as_planned == len(targets) == 8
+        assert verdict.clean and verdict.num_tensors_as_planned == len(targets) == 8
         assert (report.share_as_planned or 0) >= 0.99
         assert "--dry-run, version" in report.toolchain["types_from"]
 
@@ -135,7 +135,7 @@ class TestVerifyFindsOut:
 
     def test_the_wrong_file(self, guarded: Path, model: Path) -> None:
         verdict = verify(quantize(model, "Q4_K_M"), plan=guarded)
-        assert verdict.num_as_planned == 0
+        assert verdict.num_tensors_as_planned == 0
         assert {tensor.reason for tensor in verdict.tensors} == {"other codes than planned"}
 
     def test_another_type(self, guarded: Path) -> None:

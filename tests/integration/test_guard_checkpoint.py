@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -90,7 +91,7 @@ def test_verify_finds_the_planned_codes(
     guard_checkpoint(model_folder(shape), tmp_path / "guarded", [name], GUARDS["stochastic"])
     report = verify_checkpoint(tmp_path / "guarded")
     assert report.clean
-    assert report.num_as_planned == len(report.tensors) > 0
+    assert report.num_tensors_as_planned == len(report.tensors) > 0
 
 
 def test_a_seed_is_drawn_and_recorded(llama: Path, tmp_path: Path) -> None:
@@ -113,10 +114,33 @@ def test_shards_change_nothing(model_folder: Callable[[str], Path], tmp_path: Pa
 def test_a_model_in_memory_is_guarded_like_its_folder(llama: Path, tmp_path: Path) -> None:
     report = guard_checkpoint(llama, tmp_path / "guarded", ["nf4"], FEEDBACK)
     model = AutoModelForCausalLM.from_pretrained(llama)
-    records = guard_model(model, "nf4", FEEDBACK, tokenizer=AutoTokenizer.from_pretrained(llama))
-    assert {r.name: r.codes_sha256 for r in records} == {r.name: r.codes_sha256 for r in report.tensors}
+    made = guard_model(model, "nf4", FEEDBACK, tokenizer=AutoTokenizer.from_pretrained(llama))
+    assert {r.name: r.codes_sha256 for r in made.tensors} == {r.name: r.codes_sha256 for r in report.tensors}
     expected = AutoModelForCausalLM.from_pretrained(tmp_path / "guarded").state_dict()
     assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("shape", ["llama-bf16", "llama-tied", "gpt2"])
+def test_a_model_in_memory_leaves_a_manifest(shape: str, model_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(model_folder(shape))
+    made = guard_model(model, ["nf4"], GUARDS["stochastic"], ignore=["*.0.*"])
+    assert made.unguarded and made.tensors
+    copy.deepcopy(model).save_pretrained(tmp_path / "copy")
+    model.save_pretrained(tmp_path / "saved", max_shard_size="100KB")
+    for folder in (tmp_path / "copy", tmp_path / "saved"):
+        report = verify_checkpoint(folder)
+        assert report.clean and report.num_tensors_as_planned == len(made.tensors)
+        assert report.unguarded == made.unguarded
+
+
+def test_a_model_that_changes_after_its_guard_is_found_out(llama: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    guard_model(model, "nf4", GUARDS["stochastic"])
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.mul_(1.01).add_(0.003)
+    model.save_pretrained(tmp_path / "saved")
+    report = verify_checkpoint(tmp_path / "saved")
+    assert [tensor.name for tensor in report.tensors if not tensor.as_planned] == ["model.layers.0.mlp.up_proj.weight"]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -164,7 +188,7 @@ class TestVerify:
     def test_a_change_outside_the_guarded_tensors(self, guarded: Path) -> None:
         self.edit(guarded, lambda tensors: tensors["model.norm.weight"].mul_(2))
         report = verify_checkpoint(guarded)
-        assert report.num_as_planned == len(report.tensors)
+        assert report.num_tensors_as_planned == len(report.tensors)
         assert report.changed_files == ("model.safetensors",)
         assert not report.clean
 
@@ -264,7 +288,7 @@ class TestFailsClosed:
         assert (tmp_path / "guarded" / "notes" / "LICENSE").read_text() == "as you like"
 
     def test_a_format_is_named_once(self, llama: Path, tmp_path: Path) -> None:
-        for formats, reason in ((["nf4", "nf4"], "twice"), ([], "unknown format")):
+        for formats, reason in ((["nf4", "nf4"], "twice"), ([], "no format")):
             with pytest.raises(UsageError, match=reason):
                 guard_checkpoint(llama, tmp_path / "guarded", formats, "stochastic")
 

@@ -75,14 +75,15 @@ def test_a_scan_takes_what_is_planned_for_it(formats: str, tmp_path: Path) -> No
     save_file({"model.layers.0.mlp.up_proj.weight": torch.randn(1024, 2048).half() * 0.02}, tmp_path / "m.safetensors")
     code = (
         "import sys\n"
-        "from qcbguard_plugins import memory, scan\n"
         "import qcbguard_plugins.cli\n"
-        "original = memory.require_room_for_scan\n"
+        "from qcbguard_plugins._util.memory_peak import peak_bytes\n"
+        "from qcbguard_plugins.detection.weights import scan\n"
+        "original = scan.require_room_for_scan\n"
         "def tell(*arguments):\n"
         "    print(original(*arguments))\n"
         "scan.require_room_for_scan = tell\n"
         "scan.scan_model(sys.argv[1], sys.argv[2].split(','), seed=0)\n"
-        "print(memory.read_status('VmHWM'))\n"
+        "print(peak_bytes())\n"
     )
     done = run("-c", code, str(tmp_path / "m.safetensors"), formats)
     assert done.returncode == 0, done.stderr
@@ -91,5 +92,5 @@ def test_a_scan_takes_what_is_planned_for_it(formats: str, tmp_path: Path) -> No
 
 
 def test_a_scan_beyond_its_budget_is_refused(llama: Path) -> None:
-    with pytest.raises(MemoryBudgetError, match=r"--max-memory is 50 MiB(.|\n)*--exhaustive"):
+    with pytest.raises(MemoryBudgetError, match=r"--max-memory is 50.0 MiB(.|\n)*--exhaustive"):
         scan_model(llama, ["nf4"], budget_bytes=50 << 20)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qcbguard_plugins import FlipGuard, Guard, Stochastic, guard_checkpoint, verify_checkpoint
 from qcbguard_plugins.backends.formats import get_grid
-from qcbguard_plugins.checkpoint import FolderStaging, TensorEntry, partial_of
+from qcbguard_plugins.checkpoint import FolderStaging, partial_of
 from qcbguard_plugins.checkpoint.journal import hash_bytes
 from qcbguard_plugins.defenses import Defense
 from qcbguard_plugins.errors import UnguardableError, VerificationError
@@ -61,11 +61,11 @@ def test_a_disk_that_changes_a_weight_is_found_out(
     original = FolderStaging.write_part
     spoilt = "model.layers.1.mlp.up_proj.weight"
 
-    def write_part(self: FolderStaging, entry: TensorEntry, first: int, part: Tensor) -> None:
-        if entry.key == spoilt and first > 0:
+    def write_part(self: FolderStaging, key: str, first: int, part: Tensor) -> None:
+        if key == spoilt and first > 0:
             part = part.clone()
             part[5] = -4 * part[5] + 1
-        original(self, entry, first, part)
+        original(self, key, first, part)
 
     monkeypatch.setattr(FolderStaging, "write_part", write_part)
     with pytest.raises(VerificationError, match=spoilt):
@@ -89,9 +89,9 @@ def test_the_journal_has_the_hashes_of_whole_tensors(
     noted = {}
     original = FolderStaging.finish
 
-    def finish(self: FolderStaging, entry: TensorEntry, source: str, guarded: str, record: object) -> None:
-        noted[entry.key] = (source, guarded)
-        original(self, entry, source, guarded, record)
+    def finish(self: FolderStaging, key: str, source: str, guarded: str, record: object) -> None:
+        noted[key] = (source, guarded)
+        original(self, key, source, guarded, record)
 
     monkeypatch.setattr(FolderStaging, "finish", finish)
     guard_checkpoint(folder, tmp_path / "guarded", ["nf4"], Guard(Stochastic(), seed=SEED))

@@ -216,7 +216,9 @@ class TestResumedRuns:
         with pytest.raises(_Interrupted):
             guard_checkpoint(llama, target, ["nf4"], GUARD)
         before = sorted(path.name for path in partial_of(target).iterdir())
-        with pytest.raises(UsageError, match=r"differs in format, seed(.|\n)*then nf4, now int8(.|\n)*delete"):
+        with pytest.raises(
+            UsageError, match=r"differs in formats, seed(.|\n)*then \['nf4'\], now \['int8'\](.|\n)*delete"
+        ):
             guard_checkpoint(llama, target, ["int8"], Guard(Stochastic(), seed=4))
         assert sorted(path.name for path in partial_of(target).iterdir()) == before
         guard_checkpoint(llama, target, ["nf4"], GUARD)

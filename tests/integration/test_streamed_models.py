@@ -43,6 +43,6 @@ def test_a_budget_that_cannot_be_kept_is_refused_before_the_run(method: str, lla
     from qcbguard_plugins.defenses import get_defense
 
     guard = dataclasses.replace(GUARD, method=get_defense(method))
-    with pytest.raises(MemoryBudgetError, match=r"needs about .* and --max-memory is 10 MiB(.|\n)*Raise"):
+    with pytest.raises(MemoryBudgetError, match=r"needs about .* and --max-memory is 10.0 MiB(.|\n)*Raise"):
         guard_planned(make_plan(llama, "nf4"), tmp_path / "out", guard, budget_bytes=10 << 20)
     assert not list(tmp_path.glob("*out*"))

@@ -113,4 +113,4 @@ def test_tensors_that_change_places(tmp_path: Path) -> None:
     for tensor, other in zip(file.tensors.values(), (second, first), strict=True):
         content[tensor.begin : tensor.begin + tensor.num_bytes] = other
     path.write_bytes(content)
-    assert verify(path).num_as_planned == 0
+    assert verify(path).num_tensors_as_planned == 0

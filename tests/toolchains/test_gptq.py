@@ -128,7 +128,7 @@ def test_other_codes_are_a_finding(saved: Path, guarded: Path, tmp_path: Path) -
     """Quantized from the unguarded model: the same settings, and not the plan."""
     load(MODEL, GPTQConfig(**arguments(MODEL))).save_pretrained(tmp_path / "stock")
     report = verify(tmp_path / "stock", plan=guarded)
-    assert report.num_as_planned == 0
+    assert report.num_tensors_as_planned == 0
     assert "of the codes are those planned" in report.tensors[0].reason
     guard_checkpoint(MODEL, tmp_path / "guarded", ["gptq-w3g128"], GUARDS["stochastic"])
     with pytest.raises(UsageError, match="groups of"):
