@@ -1,1 +1,1 @@
-"""One shim a toolchain. Nothing here is imported before it is used."""
+"""One stock quantizer for each folder: which weights it takes, what it stores, and how its files are read."""

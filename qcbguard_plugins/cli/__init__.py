@@ -1,4 +1,4 @@
-"""The command line: ``qcbguard``. One verb a file; only this package prints.
+"""The command line ``qcbguard``, one file for each verb: the only room that prints.
 
 Results go to standard output, everything else to standard error. Exit codes: 0 clean, 1 finding, 2 error,
 3 incomplete, 4 usage.

@@ -1,4 +1,4 @@
-"""Defenses, one method a file. Importing this package registers them all."""
+"""Which of its two neighbours each weight becomes: one method for each file."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Four tests, one a file, their null made from the tensor itself, and what their evidence adds up to."""
+"""Is this model attacked? What the weights tell, and what the answers tell."""

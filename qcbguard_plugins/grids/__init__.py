@@ -1,4 +1,4 @@
-"""What a stock quantizer does to a weight, as maths."""
+"""What a stock quantizer does to a weight, as pure maths."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Front doors inside other tools. Nothing here is imported before it is used."""
+"""Front doors inside other tools: transformers, GPTQModel, llama.cpp's converter, llm-compressor."""

@@ -1,1 +1,1 @@
-"""A laptop-sized laboratory: a corpus, a small model, attacks on it, and the metrics that tell them apart."""
+"""Small models, real attacks on them, and what defenses make of these; nothing but the command line imports it."""

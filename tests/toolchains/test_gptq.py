@@ -164,8 +164,8 @@ class TestDirectly:
         from qcbguard_plugins.hooks.gptqmodel import guard_gptq_model
 
         model = self.load(MODEL, offload_to_disk=False)
-        records = guard_gptq_model(model, GUARDS["stochastic"])
-        assert len(records) == 28
+        report = guard_gptq_model(model, GUARDS["stochastic"])
+        assert len(report.tensors) == 28 and report.formats
         model.model.save_pretrained(tmp_path / "guarded")
         AutoTokenizer.from_pretrained(MODEL).save_pretrained(tmp_path / "guarded")
         in_place = self.quantize(model, tmp_path / "in-place")
