@@ -50,11 +50,10 @@ def draw() -> str:
     for number, room in enumerate(rooms):
         bottom = len(rooms) - number - 1
         shade = 0.90 + 0.08 * (number % 2)
-        axes.add_patch(
-            plt.Rectangle((1, bottom + 0.06), 92, 0.88, facecolor=str(shade), edgecolor="0.6", linewidth=0.8)
-        )
+        box = plt.Rectangle((1, bottom + 0.06), 92, 0.88, facecolor=str(shade), edgecolor="0.6", linewidth=0.8)
+        axes.add_patch(box)
         axes.text(2.5, bottom + 0.5, room, va="center", fontsize=12, fontweight="bold")
-        lines = textwrap.wrap(summary(room), TEXT_COLUMNS)[:2]
+        lines = textwrap.wrap(summary(room), TEXT_COLUMNS, break_on_hyphens=False)[:2]
         axes.text(19, bottom + 0.5, "\n".join(lines), va="center", fontsize=9)
     axes.annotate("", xy=(96, 0.2), xytext=(96, len(rooms) - 0.2), arrowprops={"arrowstyle": "-|>", "color": "0.35"})
     axes.text(98, len(rooms) / 2, "imports go down only", rotation=270, va="center", fontsize=9, color="0.35")

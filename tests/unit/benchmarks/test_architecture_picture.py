@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+
 from benchmarks.pages.architecture import PICTURE, floors, summary
 from qcbguard_plugins.errors import QcbguardError
 from tests.conftest import ROOT
@@ -15,10 +17,10 @@ def test_every_room_is_a_floor() -> None:
 
 
 def test_the_picture_has_every_room_in_its_words() -> None:
-    svg = PICTURE.read_text(encoding="utf-8")
+    svg = html.unescape(PICTURE.read_text(encoding="utf-8"))
     for room in floors():
         assert f">{room}<" in svg
-        assert all(word.replace("'", "&#x27;") in svg or word in svg for word in summary(room).split()), room
+        assert all(word in svg for word in summary(room).split()), room
 
 
 def test_every_error_has_an_exit_code() -> None:
