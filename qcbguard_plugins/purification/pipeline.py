@@ -16,7 +16,8 @@ from qcbguard_plugins._util.records import installed_versions, now
 from qcbguard_plugins.checkpoint import FolderStaging, hash_file, resumable_folder
 from qcbguard_plugins.checkpoint.manifest import FileRecord
 from qcbguard_plugins.checkpoint.purification_note import PURIFICATION_FILE
-from qcbguard_plugins.errors import CheckpointError, PurificationError, UsageError
+from qcbguard_plugins.errors import PurificationError, UsageError
+from qcbguard_plugins.models.loading import require_tokenizer
 from qcbguard_plugins.purification.architectures import Architecture
 from qcbguard_plugins.purification.config import PurifyConfig, default_config
 from qcbguard_plugins.purification.finetuning import StepDone, finetune, num_steps
@@ -101,7 +102,7 @@ def plan_purification(
         raise UsageError("purification needs clean data", remedy="Name a file of instructions with their answers.")
     paths = [Path(path) for path in clean_data]
     samples = read_samples(paths)
-    tokenizer = _tokenizer(Path(model))
+    tokenizer = require_tokenizer(Path(model))
     outline = subject.outline()
     counts = (outline.num_parameters(), sum(p.numel() for p in outline.parameters() if p.requires_grad))
     config = default_config(subject.architecture.name, counts[0], adapter=adapter is not None, **changes)
@@ -313,15 +314,3 @@ def _base_digest(subject: Subject) -> str:
     from qcbguard_plugins.rounding.digests import combined_digest
 
     return combined_digest({path.name: hash_file(path) for path in subject.model_dir.glob("*.safetensors")})
-
-
-def _tokenizer(model_dir: Path) -> Any:
-    from qcbguard_plugins.models.loading import load_tokenizer
-
-    tokenizer = load_tokenizer(model_dir)
-    if tokenizer is None:
-        raise CheckpointError(
-            f"{model_dir.name} has no tokenizer that can be loaded without code of its own",
-            remedy="Put the tokenizer files beside the model.",
-        )
-    return tokenizer

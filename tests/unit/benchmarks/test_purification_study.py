@@ -8,16 +8,16 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.studies.purification.ablation import keep_updates, shuffle_mlp_updates
+from benchmarks.studies.purification.baselines import prune_by_magnitude, prune_by_wanda
+from benchmarks.studies.purification.plots import draw_attacks, draw_curve
+from benchmarks.studies.purification.specs import AdapterSpec, LabSettings, PurifiedSpec, VariantsSpec
+from benchmarks.studies.purification.study import NONE, StudyCell
+from benchmarks.studies.purification.tables import attacks_table, means_table, table
 from qcbguard_plugins.lab.corpus import generate
 from qcbguard_plugins.lab.evaluation import Measurement
 from qcbguard_plugins.lab.intervals import share
 from qcbguard_plugins.lab.layers import matrices
-from qcbguard_plugins.lab.purification.ablation import keep_updates, shuffle_mlp_updates
-from qcbguard_plugins.lab.purification.baselines import prune_by_magnitude, prune_by_wanda
-from qcbguard_plugins.lab.purification.plots import draw_attacks, draw_curve
-from qcbguard_plugins.lab.purification.specs import AdapterSpec, LabSettings, PurifiedSpec, VariantsSpec
-from qcbguard_plugins.lab.purification.study import NONE, StudyCell
-from qcbguard_plugins.lab.purification.tables import attacks_table, means_table, table
 from qcbguard_plugins.lab.scenarios import Verdict, get_scenario
 from qcbguard_plugins.lab.specs import MaliciousSpec
 from qcbguard_plugins.purification.consistency import EPSILON, PUBLISHED_WEIGHT, inconsistency
