@@ -274,7 +274,7 @@ def test_the_command_line_searches_for_keys_by_default(
     llama: Path, clean_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    settings = ["--set", "num_healing=12", "--set", "max_length=96", "--set", "healing_keys=1"]
+    settings = ["--set", "num_healing=12", "--set", "max_length=96", "--set", "healing_epochs=3"]
     command = ["purify", str(llama), "--clean-data", str(clean_data), *settings]
     assert main([*command, "--preset", "best", "--out", str(out)]) == UsageError.exit_code
     assert "Presets: searched-keys, paper" in capsys.readouterr().err
