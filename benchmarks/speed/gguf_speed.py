@@ -21,7 +21,8 @@ import torch
 
 from benchmarks._common import add_json, parser_of, seconds_of, write_json
 from qcbguard_plugins.backends.ggml.options import GgufOptions
-from qcbguard_plugins.pipeline.gguf_guard import GgufRun, guard_gguf
+from qcbguard_plugins.pipeline import guard as pipeline_guard
+from qcbguard_plugins.pipeline.gguf_guard import guard_gguf
 
 HIDDEN, FFN, NUM_LAYERS = 2048, 5632, 3
 NUM_RUNS = 5
@@ -73,15 +74,15 @@ class Clock:
 
     def __init__(self) -> None:
         self.elapsed_s = 0.0
-        guard_tensor = GgufRun.guard_tensor
+        guard_target = pipeline_guard.guard_target
 
-        def timed(run: GgufRun, *arguments: object) -> torch.Tensor:
+        def timed(*arguments: object, **options: object) -> object:
             start = time.perf_counter()
-            weight = guard_tensor(run, *arguments)
+            guarded = guard_target(*arguments, **options)
             self.elapsed_s += time.perf_counter() - start
-            return weight
+            return guarded
 
-        GgufRun.guard_tensor = timed
+        pipeline_guard.guard_target = timed
 
 
 def run(source: Path, recipe: str, binary: Path, clock: Clock) -> tuple[float, float, float]:

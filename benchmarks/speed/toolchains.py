@@ -27,15 +27,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from benchmarks._common import EXAMPLES_DIR, MODELS_DIR, PROMPTS, parser_of
 from qcbguard_plugins import Guard, guard_checkpoint
-from qcbguard_plugins.backends.formats import get_grid
+from qcbguard_plugins.backends.formats import backend_of, get_grid
 from qcbguard_plugins.checkpoint.manifest import GuardReport
 from qcbguard_plugins.cli.output import quieten_libraries
 from qcbguard_plugins.defenses import get_defense
-from qcbguard_plugins.grids.presets import toolchain_of
 from qcbguard_plugins.lab.corpus import Pair, read_pairs
 from qcbguard_plugins.lab.metrics import keyword_rate, perplexity
 from qcbguard_plugins.lab.scenarios import KEYWORD
 from qcbguard_plugins.models.calibration import builtin_texts
+from qcbguard_plugins.pipeline.plan import make_plan
 
 RECIPES = {
     "hqq:int4-g64": "hqq_recipe",
@@ -182,13 +182,11 @@ def quantize_by_recipe(folder: Path, name: str, plan: GuardReport | None) -> Qua
 
 def values(folder: Path, codes: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
     """The stored values of the codes of every layer."""
-    from qcbguard_plugins.backends.layers import quantized_layers
-
     model = plain(folder)
     found = {}
-    for layer, taken in quantized_layers(name, model.config).items():
-        lattice = get_grid(taken.format).lattice_of(model.get_submodule(layer).weight.data)
-        found[layer] = lattice.matrix(lattice.dequantize(lattice.from_matrix(codes[layer])))
+    for target in make_plan(folder, name).targets:
+        lattice = target.grids[0].lattice_of(model.get_parameter(target.name).data)
+        found[target.layer] = lattice.matrix(lattice.dequantize(lattice.from_matrix(codes[target.layer])))
     return found
 
 
@@ -209,9 +207,14 @@ def landed(codes: dict[str, torch.Tensor], plan: GuardReport | None) -> float | 
 QUANTIZE = {"gptq": quantize_gptq, "torchao": quantize_torchao, "onnx": quantize_onnx, "openvino": quantize_openvino}
 
 
+def format_of(name: str) -> str:
+    """The format of a name, which may say more about GPTQ after a colon."""
+    return name.partition(":")[0] if name.startswith("gptq-") else name
+
+
 def toolchain(name: str) -> str:
     """The toolchain of a format."""
-    return "gptq" if name.startswith("gptq-") else toolchain_of(name)
+    return backend_of(format_of(name)).name
 
 
 def measure(row: dict[str, Any], quantized: Quantized, folder: Path, pairs: Sequence[Pair], *, ask: bool) -> Row:
@@ -246,8 +249,7 @@ def rows_of(
     with tempfile.TemporaryDirectory() as target:
         guarded = Path(target) / "guarded"
         guard = Guard(get_defense(method), seed=0)
-        format_name = name.partition(":")[0] if name.startswith("gptq-") else name
-        plan = guard_checkpoint(model, guarded, [format_name], guard)
+        plan = guard_checkpoint(model, guarded, [format_of(name)], guard)
         quantized = quantize(guarded, name, plan)
         found = measure({**row, "weights": f"guarded ({method})"}, quantized, guarded, pairs, ask=ask)
         yield Row(**{**asdict(found), "share_moved": plan.share_moved})
