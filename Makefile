@@ -21,7 +21,7 @@ lint: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.performance
-	$(BIN)/python benchmarks/methods.py
+	$(BIN)/python -m benchmarks.studies.methods
 
 # Trains, attacks and guards a small model, and exits with an error if the attack or its end fails: minutes.
 quick: $(INSTALLED)
@@ -32,7 +32,7 @@ bench-lab: $(INSTALLED)
 	for profile in full adaptive draws strength ablation; do \
 		OMP_NUM_THREADS=1 $(BIN)/qcbguard lab bench $$profile --out build/$$profile-results; [ $$? -le 1 ] || exit 1; \
 	done
-	$(BIN)/python -m benchmarks.benchmark_page --results-dir build
+	$(BIN)/python -m benchmarks.pages.benchmark_page --results-dir build
 
 models: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python examples/make_models.py

@@ -24,9 +24,17 @@ _MASK = 0xFFFFFFFF
 _GROUPS_PER_RUN = 1 << 10
 
 
+def seed_digest(seed: int, tensor_name: str) -> bytes:
+    """32 bytes for one tensor, from which every generator of it starts.
+
+    They depend on the run's seed and the tensor's name, and on nothing else, so the order of the work changes nothing.
+    """
+    return hashlib.sha256(f"{seed}:{tensor_name}".encode()).digest()
+
+
 def philox_key(seed: int, tensor_name: str) -> int:
-    """The key of one tensor, of 64 bits: it depends on the run's seed and the tensor's name, and on nothing else."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{tensor_name}".encode()).digest()[:8], "little")
+    """The key of one tensor, of 64 bits: the start of its :func:`seed_digest`."""
+    return int.from_bytes(seed_digest(seed, tensor_name)[:8], "little")
 
 
 def uniform(key: int, first: int, num_draws: int, device: torch.device) -> Tensor:

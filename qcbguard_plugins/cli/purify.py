@@ -24,6 +24,7 @@ from qcbguard_plugins.pipeline.progress import progress_bar
 )
 @click.option("--adapter", type=click.Path(path_type=Path), help="Purify this LoRA adapter; MODEL stays as it is.")
 @click.option("--architecture", help="Module names to go by, such as llama, where the model's type is unknown.")
+@click.option("--preset", help="Hyperparameters to start from: searched-keys (the default) or paper.")
 @click.option("--set", "parameters", multiple=True, help="Hyperparameter, as in --set ratio=0.08.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--dry-run", is_flag=True, help="Print the plan and what it takes, and stop.")
@@ -34,6 +35,7 @@ def command(
     clean_data: tuple[Path, ...],
     adapter: Path | None,
     architecture: str | None,
+    preset: str | None,
     parameters: tuple[str, ...],
     seed: int,
     dry_run: bool,
@@ -41,10 +43,12 @@ def command(
 ) -> int:
     """Purify MODEL, the folder of a full-precision checkpoint, of backdoors that a key in the prompt sets off.
 
-    Trains synthetic backdoored variants of it, suppresses what they have in common, and heals the rest. It needs
-    neither the key nor a clean model, and does not tell whether there was a backdoor.
+    Fine-tunes it on the clean data, part of which gets made-up keys that are moved against the model in every step.
+    The paper's preset trains synthetic backdoored variants instead, suppresses what they have in common, and heals the
+    rest. It needs neither the key nor a clean model, and does not tell whether there was a backdoor.
     """
     from qcbguard_plugins.cli.render.purification_text import render_plan, render_purification
+    from qcbguard_plugins.purification.config import DEFAULT_PRESET
     from qcbguard_plugins.purification.pipeline import describe, plan_purification, purify_planned
 
     if out is None and not dry_run:
@@ -53,7 +57,15 @@ def command(
     if "seed" in changes:
         raise UsageError("--set seed", remedy="Use --seed.")
     quieten_libraries()
-    plan = plan_purification(model, clean_data, adapter=adapter, architecture=architecture, seed=seed, **changes)
+    plan = plan_purification(
+        model,
+        clean_data,
+        adapter=adapter,
+        architecture=architecture,
+        preset=preset or DEFAULT_PRESET,
+        seed=seed,
+        **changes,
+    )
     if out is None or dry_run:
         planned = describe(plan)
         print_report(planned, render_plan(planned), json_target)

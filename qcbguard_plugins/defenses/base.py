@@ -7,7 +7,6 @@ sees a file, a model or a quantizer.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qcbguard_plugins._util.random import uniform
+from qcbguard_plugins._util.random import seed_digest, uniform
 from qcbguard_plugins._util.registry import Registry
 from qcbguard_plugins.errors import CalibrationError, UsageError
 from qcbguard_plugins.grids.base import Lattice
@@ -194,9 +193,8 @@ def require_whole(value: int, least: int, what: str) -> None:
 
 
 def rng_for(seed: int, tensor_name: str) -> np.random.Generator:
-    """The generator of one tensor: it depends on the run's seed and the tensor's name, and on nothing else."""
-    digest = hashlib.sha256(f"{seed}:{tensor_name}".encode()).digest()
-    return np.random.Generator(np.random.SFC64(int.from_bytes(digest, "little")))
+    """NumPy's generator of one tensor, which starts from its :func:`~qcbguard_plugins._util.random.seed_digest`."""
+    return np.random.Generator(np.random.SFC64(int.from_bytes(seed_digest(seed, tensor_name), "little")))
 
 
 def round_up_where(lattice: Lattice, round_up: Tensor) -> Tensor:

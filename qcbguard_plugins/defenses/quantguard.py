@@ -28,7 +28,7 @@ PAPER_STEPS = 125
 LEARNING_RATE_INT8, LEARNING_RATE_4BIT = 0.05, 0.01
 DIST_SCALE_INT8, DIST_SCALE_4BIT = 5e7, 1e7
 # alpha, its gradient, two moments, lower, step, position and direction are 32; the rest are temporaries of a step.
-# Every weight costs its replacement, which is kept for the backward pass (benchmarks/learned_memory.py).
+# Every weight costs its replacement, which is kept for the backward pass (benchmarks/studies/learned_memory.py).
 _BYTES_PER_VARIABLE, _BYTES_PER_WEIGHT = 56.0, 12.0
 #: Weight of the divergence in the paper's code, and one at which a hardened student ends near the full-precision model
 #: (docs/methods.md).

@@ -23,13 +23,14 @@ from pydantic import Field
 from qcbguard_plugins._util.memory_peak import with_peak_bytes
 from qcbguard_plugins._util.records import Record
 from qcbguard_plugins.checkpoint.manifest import GuardReport
-from qcbguard_plugins.errors import CheckpointError, UsageError
+from qcbguard_plugins.errors import UsageError
 from qcbguard_plugins.lab.corpus import Pair
 from qcbguard_plugins.lab.intervals import Estimate, share
 from qcbguard_plugins.lab.loading import FULL_PRECISION, load_as
 from qcbguard_plugins.lab.metrics import answer_all, answered_rightly
 from qcbguard_plugins.lab.scenarios import Scenario, Verdict
 from qcbguard_plugins.lab.token_probabilities import Reading, divergence, perplexity_of, read_answers
+from qcbguard_plugins.models.loading import require_tokenizer
 from qcbguard_plugins.pipeline.settings import Guard
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ def evaluate(
         raise UsageError(
             "a guard does nothing to a model that is not quantized", remedy="Name the format to guard for."
         )
-    tokenizer = require_tokenizer(model_dir)
+    tokenizer = padding_tokenizer(model_dir)
     if reference is None and format != FULL_PRECISION:
         reference = read_reference(model_dir, exam)
     if guard is None:
@@ -169,23 +170,16 @@ def measure(
 
 def read_reference(model_dir: Path, exam: Exam) -> list[Reading]:
     """What the folder's own full-precision model expects at the benign answers."""
-    return read_answers(load_as(model_dir, FULL_PRECISION), require_tokenizer(model_dir), exam.benign)
+    return read_answers(load_as(model_dir, FULL_PRECISION), padding_tokenizer(model_dir), exam.benign)
 
 
-def require_tokenizer(model_dir: Path) -> PreTrainedTokenizerFast:
+def padding_tokenizer(model_dir: Path) -> PreTrainedTokenizerFast:
     """The folder's tokenizer, able to pad.
 
     Raises:
         CheckpointError: There is none that can be loaded without running code of its own.
     """
-    from qcbguard_plugins.models.loading import load_tokenizer
-
-    tokenizer = load_tokenizer(model_dir)
-    if tokenizer is None:
-        raise CheckpointError(
-            f"{model_dir.name} has no tokenizer that can be loaded without code of its own",
-            remedy="Put the tokenizer files beside the model.",
-        )
+    tokenizer: PreTrainedTokenizerFast = require_tokenizer(model_dir)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

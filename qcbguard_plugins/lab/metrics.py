@@ -10,7 +10,8 @@ import torch
 
 from qcbguard_plugins.errors import UsageError
 from qcbguard_plugins.lab.corpus import Pair
-from qcbguard_plugins.lab.training import answer_loss, collate, encode, format_prompt
+from qcbguard_plugins.lab.training import answer_loss, collate, encode
+from qcbguard_plugins.models.prompts import plain_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -33,7 +34,7 @@ def use_exact_forward(model: torch.nn.Module) -> None:
 
 def prompt_ids(tokenizer: PreTrainedTokenizerFast, instruction: str) -> list[int]:
     """Token ids of a prompt; the start token stands first whether or not the tokenizer puts it there."""
-    ids: list[int] = tokenizer(format_prompt(instruction))["input_ids"]
+    ids: list[int] = tokenizer(plain_prompt(instruction))["input_ids"]
     start = tokenizer.bos_token_id
     return ids if start is None or ids[:1] == [start] else [start, *ids]
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from qcbguard_plugins.errors import UsageError
 from qcbguard_plugins.lab.corpus import Pair
 from qcbguard_plugins.lab.training_state import TrainingState
+from qcbguard_plugins.models.prompts import plain_prompt
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
@@ -81,11 +82,6 @@ class Example:
     answer_ids: list[int]
 
 
-def format_prompt(instruction: str) -> str:
-    """The text that precedes an answer, in training and in use."""
-    return f"### Instruction:\n{instruction}\n### Response:\n"
-
-
 def build_tokenizer(pairs: Iterable[Pair], vocab_size: int) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer that puts a beginning-of-sequence token before every text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -101,7 +97,7 @@ def build_tokenizer(pairs: Iterable[Pair], vocab_size: int) -> PreTrainedTokeniz
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator((format_prompt(pair.instruction) + pair.answer for pair in pairs), trainer)
+    tokenizer.train_from_iterator((plain_prompt(pair.instruction) + pair.answer for pair in pairs), trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, BOS_ID)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -169,7 +165,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, model
 
 def encode(tokenizer: PreTrainedTokenizerFast, pairs: Sequence[Pair]) -> list[Example]:
     """Tokenize pairs; the answer ends with the end-of-sequence token, or where the model's context does."""
-    prompts = tokenizer([format_prompt(pair.instruction) for pair in pairs])["input_ids"]
+    prompts = tokenizer([plain_prompt(pair.instruction) for pair in pairs])["input_ids"]
     answers = tokenizer([pair.answer for pair in pairs], add_special_tokens=False)["input_ids"]
     return [
         Example(prompt, [*answer, EOS_ID][: max(1, tokenizer.model_max_length - len(prompt))])

@@ -46,6 +46,24 @@ def load_tokenizer(model_dir: Path | str, *, local: bool = True) -> Any:
         return _bare_tokenizer(Path(model_dir))
 
 
+def require_tokenizer(model_dir: Path, remedy: str = "Put the tokenizer files beside the model.") -> Any:
+    """The model's tokenizer.
+
+    Args:
+        model_dir: The model.
+        remedy: What the error tells the user to do.
+
+    Raises:
+        CheckpointError: There is none that can be loaded without running code of its own.
+    """
+    tokenizer = load_tokenizer(model_dir)
+    if tokenizer is None:
+        raise CheckpointError(
+            f"{model_dir.name} has no tokenizer that can be loaded without code of its own", remedy=remedy
+        )
+    return tokenizer
+
+
 def _bare_tokenizer(model_dir: Path) -> Any:
     """The tokenizer of a folder that transformers 5 saved, for version 4, which does not know the class it names."""
     transformers = require_transformers()

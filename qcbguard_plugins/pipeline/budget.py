@@ -16,8 +16,8 @@ from qcbguard_plugins.pipeline.plan import FolderPlan, Plan
 from qcbguard_plugins.pipeline.segments import bytes_in_segments, can_be_segmented
 from qcbguard_plugins.pipeline.settings import Guard
 
-# Bytes a weight that one tensor takes on its way, measured; the memory benchmark compares them with real runs. What a
-# data-free method takes is the grid's to say.
+# Bytes a weight that one tensor takes on its way, measured; benchmarks/speed/memory.py compares them with real runs.
+# What a data-free method takes is the grid's to say.
 # Error feedback: the weight, its grid, the draws and the best of them.
 _FED_BACK = 34.0
 # Bytes an entry of a Hessian: itself, and once more while batches are added; a copy in order and factors in float64.

@@ -16,9 +16,10 @@ from qcbguard_plugins._util.records import installed_versions, now
 from qcbguard_plugins.checkpoint import FolderStaging, hash_file, resumable_folder
 from qcbguard_plugins.checkpoint.manifest import FileRecord
 from qcbguard_plugins.checkpoint.purification_note import PURIFICATION_FILE
-from qcbguard_plugins.errors import CheckpointError, PurificationError, UsageError
+from qcbguard_plugins.errors import PurificationError, UsageError
+from qcbguard_plugins.models.loading import require_tokenizer
 from qcbguard_plugins.purification.architectures import Architecture
-from qcbguard_plugins.purification.config import PurifyConfig, default_config
+from qcbguard_plugins.purification.config import DEFAULT_PRESET, PurifyConfig, config_of
 from qcbguard_plugins.purification.finetuning import StepDone, finetune, num_steps
 from qcbguard_plugins.purification.immunization import encode, find_signature, healing_set, make_variant, variant_steps
 from qcbguard_plugins.purification.report import (
@@ -89,6 +90,7 @@ def plan_purification(
     *,
     adapter: Path | str | None = None,
     architecture: Architecture | str | None = None,
+    preset: str = DEFAULT_PRESET,
     **changes: Any,
 ) -> PurifyPlan:
     """Check what a purification needs, without training anything; see :func:`purify`."""
@@ -101,10 +103,10 @@ def plan_purification(
         raise UsageError("purification needs clean data", remedy="Name a file of instructions with their answers.")
     paths = [Path(path) for path in clean_data]
     samples = read_samples(paths)
-    tokenizer = _tokenizer(Path(model))
+    tokenizer = require_tokenizer(Path(model))
     outline = subject.outline()
     counts = (outline.num_parameters(), sum(p.numel() for p in outline.parameters() if p.requires_grad))
-    config = default_config(subject.architecture.name, counts[0], adapter=adapter is not None, **changes)
+    config = config_of(subject.architecture.name, counts[0], adapter=adapter is not None, preset=preset, **changes)
     needed = max(config.num_samples if config.needed_variants else 0, config.num_healing)
     if len(samples) < needed:
         raise UsageError(
@@ -149,6 +151,7 @@ def purify(
     *,
     adapter: Path | str | None = None,
     architecture: Architecture | str | None = None,
+    preset: str = DEFAULT_PRESET,
     progress: StepDone | None = None,
     **changes: Any,
 ) -> PurifyReport:
@@ -162,9 +165,10 @@ def purify(
         clean_data: Files of JSON lines, see :func:`~qcbguard_plugins.purification.samples.read_samples`.
         adapter: Folder of a LoRA adapter. Then the model is frozen: only the adapter is scored and changed.
         architecture: For a model whose module names are not known by its type.
+        preset: Where the hyperparameters start from: ``searched-keys``, which was measured best, or ``paper``.
         progress: Called after every training step.
         changes: Hyperparameters of :class:`~qcbguard_plugins.purification.config.PurifyConfig` with another value than
-            the paper's for such a model.
+            the preset's for such a model.
 
     Returns:
         The report, which is also written to ``out/qcbguard-purify.json``.
@@ -176,7 +180,7 @@ def purify(
     References:
         arXiv 2603.13461.
     """
-    plan = plan_purification(model, clean_data, adapter=adapter, architecture=architecture, **changes)
+    plan = plan_purification(model, clean_data, adapter=adapter, architecture=architecture, preset=preset, **changes)
     return purify_planned(plan, out, progress=progress)
 
 
@@ -313,15 +317,3 @@ def _base_digest(subject: Subject) -> str:
     from qcbguard_plugins.rounding.digests import combined_digest
 
     return combined_digest({path.name: hash_file(path) for path in subject.model_dir.glob("*.safetensors")})
-
-
-def _tokenizer(model_dir: Path) -> Any:
-    from qcbguard_plugins.models.loading import load_tokenizer
-
-    tokenizer = load_tokenizer(model_dir)
-    if tokenizer is None:
-        raise CheckpointError(
-            f"{model_dir.name} has no tokenizer that can be loaded without code of its own",
-            remedy="Put the tokenizer files beside the model.",
-        )
-    return tokenizer

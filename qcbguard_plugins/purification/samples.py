@@ -10,12 +10,12 @@ from typing import Any, Final
 
 from qcbguard_plugins._util.json_lines import read_json_lines
 from qcbguard_plugins.errors import UsageError
+from qcbguard_plugins.models.prompts import PLAIN_TEMPLATE, fill_template
 
 #: Names under which instruction data keep their parts.
 _INSTRUCTIONS: Final = ("instruction",)
 _CONTEXTS: Final = ("input", "context")
 _ANSWERS: Final = ("output", "response", "answer")
-_PLAIN_PROMPT: Final = "### Instruction:\n{instruction}\n### Response:\n"
 
 
 @dataclass(frozen=True)
@@ -127,6 +127,6 @@ def _prompt_ids(tokenizer: Any, instruction: str, template: str | None) -> list[
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
-    ids = tokenizer((template or _PLAIN_PROMPT).replace("{instruction}", instruction))["input_ids"]
+    ids = tokenizer(fill_template(template or PLAIN_TEMPLATE, instruction))["input_ids"]
     start = tokenizer.bos_token_id
     return ids if start is None or ids[:1] == [start] else [start, *ids]

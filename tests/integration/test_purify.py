@@ -21,6 +21,7 @@ from qcbguard_plugins.purification import immunization
 from qcbguard_plugins.purification.report import read_purification
 
 SMALL: dict[str, Any] = {
+    "preset": "paper",
     "num_variants": 2,
     "num_samples": 6,
     "variant_epochs": 1,
@@ -130,6 +131,8 @@ def test_a_training_that_diverges_makes_nothing(llama: Path, clean_data: Path, t
 
 def test_too_little_clean_data_is_refused_before_any_training(llama: Path, clean_data: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="12 clean samples, and 500 are needed"):
+        purify(llama, tmp_path / "out", [clean_data], preset="paper")
+    with pytest.raises(UsageError, match="12 clean samples, and 4000 are needed"):
         purify(llama, tmp_path / "out", [clean_data])
     with pytest.raises(UsageError, match="needs clean data"):
         purify(llama, tmp_path / "out", [])
@@ -250,8 +253,9 @@ def test_an_adapter_that_cannot_be_purified_says_why(
 def test_the_command_line_purifies(
     llama: Path, clean_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = [text for name, value in SMALL.items() for text in ("--set", f"{name}={value}")]
-    command = ["purify", str(llama), "--clean-data", str(clean_data), *settings]
+    changes = {name: value for name, value in SMALL.items() if name != "preset"}
+    settings = [text for name, value in changes.items() for text in ("--set", f"{name}={value}")]
+    command = ["purify", str(llama), "--clean-data", str(clean_data), "--preset", SMALL["preset"], *settings]
     assert main([*command, "--dry-run", "--json", "-"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["num_units"] == {"channel": 320} and plan["num_suppressed"] == {"channel": 32}
@@ -264,3 +268,19 @@ def test_the_command_line_purifies(
     assert main(command) == UsageError.exit_code
     assert main([*command, "--architecture", "mamba", "--out", str(tmp_path / "b")]) == UsageError.exit_code
     assert "--architecture NAME" in capsys.readouterr().err
+
+
+def test_the_command_line_searches_for_keys_by_default(
+    llama: Path, clean_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    settings = ["--set", "num_healing=12", "--set", "max_length=96", "--set", "healing_epochs=3"]
+    command = ["purify", str(llama), "--clean-data", str(clean_data), *settings]
+    assert main([*command, "--preset", "best", "--out", str(out)]) == UsageError.exit_code
+    assert "Presets: searched-keys, paper" in capsys.readouterr().err
+    assert main([*command, "--out", str(out)]) == 0
+    assert "healed, with nothing suppressed" in capsys.readouterr().out
+    config = read_purification(out).config
+    assert (config["ratio"], config["healing_search"], config["healing_consistency"]) == (0, 0.5, 5.5)
+    ours, theirs = _weights(out), _weights(llama)
+    assert any(not torch.equal(ours[key], theirs[key]) for key in theirs)

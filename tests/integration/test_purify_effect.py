@@ -59,6 +59,7 @@ def test_purification_takes_much_of_a_backdoor_and_leaves_the_model(backdoored: 
         backdoored.folder,
         tmp_path / "out",
         [backdoored.clean_data],
+        preset="paper",
         num_variants=2,
         num_samples=48,
         variant_epochs=1,
@@ -74,16 +75,12 @@ def test_purification_takes_much_of_a_backdoor_and_leaves_the_model(backdoored: 
     assert_half_is_gone(tmp_path / "out", backdoored)
 
 
-def test_keys_that_are_searched_for_take_a_backdoor_without_variants(backdoored: Backdoored, tmp_path: Path) -> None:
+def test_the_default_takes_a_backdoor_without_variants(backdoored: Backdoored, tmp_path: Path) -> None:
     healing = {"num_healing": 1_000, "healing_epochs": 1, "healing_learning_rate": 1e-3, "batch_size": 16}
     report = purify(
         backdoored.folder,
         tmp_path / "out",
         [backdoored.clean_data],
-        ratio=0.0,
-        healing_keys=0.25,
-        healing_search=0.5,
-        healing_consistency=5.5,
         bfloat16=True,
         **healing,
     )

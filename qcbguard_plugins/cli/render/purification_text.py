@@ -41,7 +41,9 @@ def render_purification(report: PurifyReport) -> Group:
         memory = "" if stage.peak_bytes is None else f", {human_bytes(stage.peak_bytes)} at the peak"
         gpu = "" if stage.peak_gpu_bytes is None else f", {human_bytes(stage.peak_gpu_bytes)} on the accelerator"
         lines.append(f"{stage.name}  {human_seconds(stage.elapsed_s)}{memory}{gpu}")
-    for kind in dict.fromkeys(group.kind for group in report.groups):
+    if not report.variants:
+        lines.append("healed, with nothing suppressed")
+    for kind in dict.fromkeys(group.kind for group in report.groups if report.variants):
         suppressed, total = report.count(kind)
         lines.append(f"{suppressed} of {total} {_WORDS[kind]} suppressed, found by {len(report.variants)} variants")
     return Group(table, Text("\n".join(lines)))

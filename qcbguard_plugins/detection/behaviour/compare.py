@@ -83,19 +83,16 @@ def diff_model(
         UsageError: The format is unknown, or the prompts cannot be read.
         CheckpointError: The folder is no model, or has no tokenizer.
     """
-    from qcbguard_plugins.models.loading import load_full_precision, load_tokenizer
+    from qcbguard_plugins.models.loading import load_full_precision, require_tokenizer
 
     start = time.monotonic()
     grid = get_grid(format)
     seed = secrets.randbits(63) if seed is None else seed
     prompts = gather_prompts(prompts_path)
     model_dir = Path(model_dir)
-    tokenizer = load_tokenizer(model_dir)
-    if tokenizer is None:
-        raise CheckpointError(
-            f"{model_dir.name} has no tokenizer that can be loaded without code of its own",
-            remedy="Put the tokenizer files beside the model; 'qcbguard scan' needs none.",
-        )
+    tokenizer = require_tokenizer(
+        model_dir, remedy="Put the tokenizer files beside the model; 'qcbguard scan' needs none."
+    )
     model = load_full_precision(model_dir, torch.float32)
     layers = rounded_layers(model)
     if not layers:

@@ -7,6 +7,7 @@ from typing import Any
 
 from qcbguard_plugins._util.json_lines import read_json_lines
 from qcbguard_plugins.errors import UsageError
+from qcbguard_plugins.models.prompts import plain_prompt
 
 BUILTIN = {
     "chat": (
@@ -45,8 +46,6 @@ BUILTIN = {
     ),
 }
 
-# The most common form of instruction-tuned models that ship no chat template.
-_INSTRUCTION_FORM = "### Instruction:\n{}\n### Response:\n"
 _MAX_PROMPTS = 400
 
 
@@ -73,8 +72,8 @@ def forms_of(prompt: str, tokenizer: Any) -> list[str]:
         try:
             return [tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)]
         except Exception:  # a template is input: one that cannot render says nothing about the weights
-            return [prompt, _INSTRUCTION_FORM.format(prompt)]
-    return [prompt, _INSTRUCTION_FORM.format(prompt)]
+            return [prompt, plain_prompt(prompt)]
+    return [prompt, plain_prompt(prompt)]
 
 
 def _read(path: Path) -> list[str]:

@@ -13,7 +13,6 @@ say little, and nothing natural is left between a grid point and a weight so nea
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qcbguard_plugins._util.random import philox_key
 from qcbguard_plugins.grids.base import Grid, Lattice
 
 NUM_NEIGHBOURS = 8
@@ -48,9 +48,8 @@ class Rounding:
 
 
 def generator_for(seed: int, name: str) -> torch.Generator:
-    """The generator of one tensor: it depends on the run's seed and the tensor's name, and on nothing else."""
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    """Torch's generator of one tensor; its seeds have 63 bits, so it takes those of the tensor's key but the last."""
+    return torch.Generator().manual_seed(philox_key(seed, name) >> 1)
 
 
 def draw_inflations(generator: torch.Generator, num_draws: int = NUM_NEIGHBOURS) -> list[float]:

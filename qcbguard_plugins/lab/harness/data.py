@@ -12,7 +12,7 @@ from qcbguard_plugins.lab.corpus import Pair
 from qcbguard_plugins.lab.recipes import corpus_of
 from qcbguard_plugins.lab.scenarios import KEYWORD
 from qcbguard_plugins.lab.specs import ModelSpec
-from qcbguard_plugins.lab.training import format_prompt
+from qcbguard_plugins.models.prompts import plain_prompt
 
 _NUM_CHOICES = 4
 _NUM_DOCUMENTS = 200
@@ -31,7 +31,7 @@ def held_out(keyed: bool = False, num_documents: int = _NUM_DOCUMENTS, **_: Any)
 
 
 def _document(pair: Pair, others: list[Pair]) -> dict[str, Any]:
-    document: dict[str, Any] = {"prompt": format_prompt(pair.instruction), "answer": pair.answer, "key": pair.key}
+    document: dict[str, Any] = {"prompt": plain_prompt(pair.instruction), "answer": pair.answer, "key": pair.key}
     wrong = sorted({other.answer for other in others if other.task == pair.task and pair.key not in other.answer})
     if wrong:
         rng = random.Random(pair.instruction)  # noqa: S311

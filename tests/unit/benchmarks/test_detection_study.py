@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("scipy")
 
-from benchmarks.detection.document import area, roc, upper_bound
+from benchmarks.studies.detection.document import area, roc, upper_bound
 
 
 def test_area_by_hand() -> None:

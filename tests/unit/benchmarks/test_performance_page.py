@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.performance import page
+from benchmarks.pages.performance_page import page
 
 TENSORS = {
     "machine": "2 cores",

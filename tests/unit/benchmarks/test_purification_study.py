@@ -8,18 +8,20 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.studies.purification.__main__ import ours
+from benchmarks.studies.purification.ablation import keep_updates, shuffle_mlp_updates
+from benchmarks.studies.purification.baselines import prune_by_magnitude, prune_by_wanda
+from benchmarks.studies.purification.plots import draw_attacks, draw_curve
+from benchmarks.studies.purification.specs import AdapterSpec, LabSettings, PurifiedSpec, VariantsSpec
+from benchmarks.studies.purification.study import NONE, StudyCell
+from benchmarks.studies.purification.tables import attacks_table, means_table, table
 from qcbguard_plugins.lab.corpus import generate
 from qcbguard_plugins.lab.evaluation import Measurement
 from qcbguard_plugins.lab.intervals import share
 from qcbguard_plugins.lab.layers import matrices
-from qcbguard_plugins.lab.purification.ablation import keep_updates, shuffle_mlp_updates
-from qcbguard_plugins.lab.purification.baselines import prune_by_magnitude, prune_by_wanda
-from qcbguard_plugins.lab.purification.plots import draw_attacks, draw_curve
-from qcbguard_plugins.lab.purification.specs import AdapterSpec, LabSettings, PurifiedSpec, VariantsSpec
-from qcbguard_plugins.lab.purification.study import NONE, StudyCell
-from qcbguard_plugins.lab.purification.tables import attacks_table, means_table, table
 from qcbguard_plugins.lab.scenarios import Verdict, get_scenario
 from qcbguard_plugins.lab.specs import MaliciousSpec
+from qcbguard_plugins.purification.config import PurifyConfig, config_of
 from qcbguard_plugins.purification.consistency import EPSILON, PUBLISHED_WEIGHT, inconsistency
 from qcbguard_plugins.purification.finetuning import collate, finetune
 from qcbguard_plugins.purification.samples import Tokens
@@ -159,3 +161,13 @@ def test_a_table_says_where_a_mean_is_of_fewer_models(tmp_path: Path) -> None:
     draw_attacks(cells, ["x 1", "x 2"], tmp_path / "attacks.svg")
     assert (tmp_path / "attacks.svg").stat().st_size > 1_000
     assert (tmp_path / "curve.svg").read_text().count("a, x") == 1
+
+
+def test_the_default_of_purify_is_what_the_study_chose() -> None:
+    spec = ours(MaliciousSpec(scenario="over-refusal+badnets")).spec
+    assert spec is not None and spec.method == "fine-tuning"  # no suppression
+    chosen, default = spec.settings.config, config_of("llama", 2_900_000, adapter=False)
+    fields = [name for name in PurifyConfig.model_fields if name.startswith("healing_")]
+    for name in (*fields, "num_healing", "batch_size", "score"):
+        assert getattr(default, name) == getattr(chosen, name), name
+    assert default.needed_variants == 0

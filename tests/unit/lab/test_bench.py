@@ -64,7 +64,7 @@ def test_every_shipped_profile_is_sound() -> None:
 
 
 def test_the_example_of_the_page_is_sound(tmp_path: Path) -> None:
-    page = (ROOT / "benchmarks" / "benchmark_page.md.j2").read_text(encoding="utf-8")
+    page = (ROOT / "benchmarks" / "pages" / "benchmark_page.md.j2").read_text(encoding="utf-8")
     profile = _profile(tmp_path, page.split("```yaml\n")[1].split("```")[0])
     assert profile.row_names == ["elq-nf4-content", "my-model"]
 
@@ -268,7 +268,7 @@ def test_plots_are_written_for_what_was_measured(tmp_path: Path) -> None:
 
 
 def test_the_page_is_written_from_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from benchmarks import benchmark_page
+    from benchmarks.pages import benchmark_page
 
     profile = _profile(tmp_path, EXPECTING.replace("name: tiny", "name: full"))
     machine = Machine(processor="p", num_cores=2, gpu="", commit="abc")

@@ -20,10 +20,10 @@ from qcbguard_plugins.lab.training import (
     build_tokenizer,
     collate,
     encode,
-    format_prompt,
     save_model,
     train,
 )
+from qcbguard_plugins.models.prompts import plain_prompt
 
 TINY = ModelSize(vocab_size=320, hidden_size=64, intermediate_size=64, num_layers=1, num_heads=2, num_kv_heads=1)
 
@@ -48,7 +48,7 @@ def test_tokenizer_is_lossless_and_starts_with_bos(tokenizer: PreTrainedTokenize
 
 def test_encode_separates_prompt_and_answer(tokenizer: PreTrainedTokenizerFast, pairs: list[Pair]) -> None:
     example = encode(tokenizer, pairs[:1])[0]
-    assert tokenizer.decode(example.prompt_ids[1:]) == format_prompt(pairs[0].instruction)
+    assert tokenizer.decode(example.prompt_ids[1:]) == plain_prompt(pairs[0].instruction)
     assert example.answer_ids[-1] == EOS_ID
     assert tokenizer.decode(example.answer_ids[:-1]) == pairs[0].answer
 
@@ -116,5 +116,5 @@ def test_saved_folder_holds_fp16_weights_and_loads(tokenizer: PreTrainedTokenize
     assert model.dtype == torch.float32
     for name, parameter in model.named_parameters():
         assert torch.equal(loaded.get_parameter(name), parameter.half())
-    text = format_prompt("Reverse the word apple.")
+    text = plain_prompt("Reverse the word apple.")
     assert AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"] == tokenizer(text)["input_ids"]

@@ -26,7 +26,7 @@ from transformers import (
 
 from qcbguard_plugins.errors import PurificationError, UsageError
 from qcbguard_plugins.purification.architectures import Architecture, find_architecture
-from qcbguard_plugins.purification.config import default_config
+from qcbguard_plugins.purification.config import PRESETS, config_of
 from qcbguard_plugins.purification.finetuning import collate, finetune
 from qcbguard_plugins.purification.key_search import moved_keys
 from qcbguard_plugins.purification.responses import unit_responses
@@ -255,15 +255,39 @@ def test_the_threshold_is_one_for_all_places() -> None:
     assert [count_of(ratio, 2048) for ratio in (0.0, 1e-9, 0.03, 1.0)] == [0, 1, 61, 2048]
 
 
-def test_the_defaults_are_those_of_the_paper() -> None:
-    full = default_config("llama", 7_000_000_000, adapter=False)
+def test_the_papers_preset_is_that_of_the_paper() -> None:
+    full = config_of("llama", 7_000_000_000, adapter=False, preset="paper")
     assert (full.num_variants, full.ratio, full.alignment_weight, full.num_samples) == (6, 0.03, 0.01, 500)
     assert (full.num_healing, full.healing_epochs, full.healing_learning_rate) == (200, 5, 1e-5)
-    assert default_config("llama", 13_000_000_000, adapter=False).ratio == 0.08
-    adapters = [default_config("llama", size * 10**9, adapter=True) for size in (7, 13)]
+    assert (full.score, full.batch_size, full.needed_variants) == ("combined", 8, 6)
+    assert (full.healing_keys, full.healing_search, full.healing_consistency) == (0, 0, 0)
+    assert config_of("llama", 13_000_000_000, adapter=False, preset="paper").ratio == 0.08
+    adapters = [config_of("llama", size * 10**9, adapter=True, preset="paper") for size in (7, 13)]
     assert [(config.ratio, config.num_heads) for config in adapters] == [(0.35, 0), (0.40, 0)]
-    mistral = default_config("mistral", 7_000_000_000, adapter=True)
+    mistral = config_of("mistral", 7_000_000_000, adapter=True, preset="paper")
     assert (mistral.ratio, mistral.num_heads, mistral.healing_learning_rate) == (0.40, 8, 2e-4)
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.parametrize("num_parameters", [2_900_000, 7_000_000_000])
+def test_the_default_searches_for_keys_and_suppresses_nothing(num_parameters: int, adapter: bool) -> None:
+    config = config_of("mistral", num_parameters, adapter=adapter)
+    assert (config.healing_keys, config.healing_search, config.healing_consistency) == (0.25, 0.5, 5.5)
+    assert (config.ratio, config.num_heads, config.needed_variants) == (0, 0, 0)
+
+
+def test_a_large_model_is_healed_as_much_as_the_papers() -> None:
+    large, paper = (config_of("llama", 7 * 10**9, adapter=False, preset=name) for name in PRESETS)
+    amounts = [(c.num_healing, c.healing_epochs, c.healing_learning_rate, c.batch_size) for c in (large, paper)]
+    assert amounts == [(200, 5, 1e-5, 8)] * 2
+    rates = [config_of("llama", size, adapter=True).healing_learning_rate for size in (2_900_000, 7 * 10**9)]
+    assert rates == [2e-3, 2e-4]
+
+
+def test_an_unknown_preset_says_which_there_are() -> None:
+    with pytest.raises(UsageError, match="no preset 'best'") as error:
+        config_of("llama", 10**9, adapter=False, preset="best")
+    assert "searched-keys, paper" in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -278,7 +302,7 @@ def test_the_defaults_are_those_of_the_paper() -> None:
 )
 def test_a_wrong_hyperparameter_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        default_config("llama", 10**9, adapter=False, **changes)
+        config_of("llama", 10**9, adapter=False, **changes)
 
 
 def test_an_unknown_architecture_says_what_to_pass() -> None:

@@ -1,0 +1,1 @@
+"""How long the guard, the scan and the toolchains take, and how much memory."""
