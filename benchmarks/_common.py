@@ -56,7 +56,7 @@ def run_module(name: str, *arguments: str) -> dict[str, Any]:
     """Run a module in a process of its own; what its last line of output says as JSON."""
     command = [sys.executable, "-m", name, *arguments]
     finished = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT)
-    return json.loads(finished.stdout.splitlines()[-1])
+    return dict(json.loads(finished.stdout.splitlines()[-1]))
 
 
 def machine() -> str:
