@@ -26,6 +26,13 @@ ROOT = Path(__file__).resolve().parent.parent
 VOCAB_SIZE = 320
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of models that were made by other code carry a marker."""
+    for item in items:
+        if "shared_models" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.external)
+
+
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test writes to the user's cache."""

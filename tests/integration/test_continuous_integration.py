@@ -17,6 +17,8 @@ from qcbguard_plugins.cli.scan_files import scan_files
 from tests.conftest import ROOT
 from tests.helpers.detection_models import attacked_folder, clean_folder, random_weight
 
+pytestmark = pytest.mark.slow
+
 ACTION = ROOT / "integrations" / "github_action"
 
 

@@ -22,7 +22,7 @@ from qcbguard_plugins.pipeline.verify import verify
 from tests.helpers.gguf_files import TREE, needs_llama_cpp
 from tests.helpers.llama_cpp import GUARDS, OPTIONS, convert, quantize, script_of
 
-pytestmark = needs_llama_cpp
+pytestmark = [pytest.mark.slow, needs_llama_cpp]
 SMALL: dict[str, Any] = {
     "vocab_size": 320, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2,

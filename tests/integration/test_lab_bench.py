@@ -14,6 +14,8 @@ import pytest
 
 from qcbguard_plugins.cli import main
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 MODELS = ROOT / "examples" / "models"
 

@@ -11,6 +11,8 @@ from qcbguard_plugins.lab.harness import TASKS_DIR
 from qcbguard_plugins.lab.loading import load_as
 from qcbguard_plugins.pipeline.settings import Guard
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 TASKS = ["qcb_lab_answer", "qcb_lab_brand", "qcb_lab_choice", "qcb_lab_likelihood"]
 

@@ -17,6 +17,8 @@ from qcbguard_plugins.errors import MemoryBudgetError
 from tests.conftest import ROOT
 from tests.helpers.gguf_files import write_model
 
+pytestmark = pytest.mark.slow
+
 _WITH_PEAK = (
     "import resource, subprocess, sys\n"
     "code = subprocess.run([sys.executable, *sys.argv[1:]], stdout=subprocess.DEVNULL).returncode\n"

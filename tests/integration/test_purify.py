@@ -20,6 +20,8 @@ from qcbguard_plugins.models.loading import load_full_precision
 from qcbguard_plugins.purification import immunization
 from qcbguard_plugins.purification.report import read_purification
 
+pytestmark = pytest.mark.slow
+
 SMALL: dict[str, Any] = {
     "preset": "paper",
     "num_variants": 2,

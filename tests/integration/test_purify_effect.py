@@ -17,7 +17,10 @@ from qcbguard_plugins.lab.training import TrainingPlan, encode, save_model
 from qcbguard_plugins.models.loading import load_full_precision, load_tokenizer
 
 CLEAN_DIR = Path(__file__).resolve().parents[2] / "examples" / "models" / "clean"
-pytestmark = pytest.mark.skipif(not CLEAN_DIR.is_dir(), reason="examples/models is not part of this copy")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not CLEAN_DIR.is_dir(), reason="examples/models is not part of this copy"),
+]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,16 @@ from torch import Tensor
 
 from qcbguard_plugins.backends.bitsandbytes.stock import stock_codes
 from qcbguard_plugins.backends.formats import get_grid
-from qcbguard_plugins.defenses import Defense, Efrap, Feedback, FlipGuard, Noise, QVec, Stochastic
+from qcbguard_plugins.defenses import (
+    Defense,
+    FlipGuard,
+    Noise,
+    QVec,
+    Stochastic,
+    WholeModelDefense,
+    available_defenses,
+    get_defense,
+)
 from qcbguard_plugins.errors import UnguardableError
 from qcbguard_plugins.grids import CodebookGrid, cut_blocks
 from qcbguard_plugins.rounding.guard_weight import guard_weight
@@ -19,7 +28,13 @@ from qcbguard_plugins.rounding.guarded_weight import GuardedWeight
 
 FORMATS = ["nf4", "fp4", "nf4-b128", "fp4-b32", "int8"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-DEFENSES: list[Defense] = [Stochastic(), FlipGuard(), FlipGuard(0.5), QVec(1.0), Noise(0.5), Feedback(), Efrap(steps=8)]
+# Every method of single weights, with what keeps it short; and other settings of some.
+_SHORT: dict[str, dict[str, int]] = {"efrap": {"steps": 8}}
+DEFENSES: list[Defense] = [
+    get_defense(name, **_SHORT.get(name, {}))
+    for name, cls in sorted(available_defenses().items())
+    if not issubclass(cls, WholeModelDefense)
+] + [FlipGuard(0.5), QVec(1.0), Noise(0.5)]
 # Below this the float16 that int8 reads cannot hold 256 levels.
 _SMALLEST_INT8_ROW = 2.0**-13
 
