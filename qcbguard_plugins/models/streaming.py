@@ -45,9 +45,9 @@ class StreamedWeights:
         tied = _tied(self.model)
         for module in self.model.modules():
             self._fill(module, skip=inside | {id(self.model.get_parameter(name)) for name in tied})
-        for name, twin in tied.items():
+        for name, other in tied.items():
             path, _, parameter = name.rpartition(".")
-            self.model.get_submodule(path)._parameters[parameter] = self.model.get_parameter(twin)
+            self.model.get_submodule(path)._parameters[parameter] = self.model.get_parameter(other)
         self._empty = {id(block): dict(block.named_parameters()) for block in self._blocks}
         self._resident: set[int] = set()
         for block in self._blocks:
@@ -125,7 +125,7 @@ def _empty_model(config: Any, dtype: torch.dtype) -> Any:
 
 
 def _tied(model: Any) -> Mapping[str, str]:
-    """Parameters that are another's twin, and that other."""
+    """Parameters that share their weight with another, and that other."""
     return getattr(model, "all_tied_weights_keys", None) or {}
 
 

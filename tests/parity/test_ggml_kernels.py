@@ -100,7 +100,7 @@ class TestJudge:
             stored.codes.view(len(weight), -1)[min(row, len(weight) - 1), 0] ^= 1
             return stored
 
-        monkeypatch.setattr("qcbguard_plugins.backends.ggml.checked._load_twin", lambda: off)
+        monkeypatch.setattr("qcbguard_plugins.backends.ggml.checked._load_reimplementation", lambda: off)
         return CheckedQuantizer(load_library())
 
     def test_a_twin_that_differs_is_dropped_and_the_manifest_says_so(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,14 +117,14 @@ class TestJudge:
         weight = normal(256, 512)
         grid = SearchedGrid(BLOCK_TYPES["Q5_K"], self.wrong(monkeypatch, 3))
         guarded = guard_weight(weight, grid, get_defense("stochastic"), seed=0, name="w")
-        trusted = SearchedGrid(BLOCK_TYPES["Q5_K"], checked_quantizer(twin=False))
+        trusted = SearchedGrid(BLOCK_TYPES["Q5_K"], checked_quantizer(reimplementation=False))
         alone = guard_weight(weight, trusted, get_defense("stochastic"), seed=0, name="w")
         assert not grid.is_restated
         assert guarded.digest == alone.digest
         assert guarded.digest == blocks_digest(trusted.stored(guarded.weight), trusted.block_type, 256)
 
     def test_without_numba_the_library_answers(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("qcbguard_plugins.backends.ggml.checked._load_twin", lambda: None)
+        monkeypatch.setattr("qcbguard_plugins.backends.ggml.checked._load_reimplementation", lambda: None)
         judge = CheckedQuantizer(load_library())
         real = BLOCK_TYPES["Q4_K"].read(load_library().quantize(BLOCK_TYPES["Q4_K"], normal(4, 256)))
         assert same(judge(BLOCK_TYPES["Q4_K"], normal(4, 256)), real)

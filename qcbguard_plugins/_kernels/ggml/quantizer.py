@@ -1,4 +1,4 @@
-"""The twin of each type: rows of weights in, codes, scales and offsets out."""
+"""The reimplementation of each type: rows of weights in, codes, scales and offsets out."""
 
 from __future__ import annotations
 

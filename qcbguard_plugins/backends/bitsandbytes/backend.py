@@ -61,7 +61,7 @@ class BitsAndBytes(Backend):
         return checked_codes()(weight, grid)
 
     def facts(self, targets: Sequence[Target]) -> dict[str, str]:
-        return {"bitsandbytes_twin": checked_codes().describe()}
+        return {"bitsandbytes_reimplementation": checked_codes().describe()}
 
     def notes(self) -> dict[str, str]:
         if not stock.repacks_on_this_processor():

@@ -23,10 +23,10 @@ _BLOCKS_PER_CHECK = 32
 
 
 class CheckedCodes:
-    """bitsandbytes' codes by a twin, with bitsandbytes as the judge.
+    """bitsandbytes' codes by a fast reimplementation, checked by bitsandbytes.
 
     Attributes:
-        differing: Formats whose twin was found to differ.
+        differing: Formats whose reimplementation was found to differ.
     """
 
     def __init__(self) -> None:
@@ -72,5 +72,5 @@ def _sample(per_weight: Tensor, size: int, first: int) -> Tensor:
 
 @lru_cache(maxsize=1)
 def checked_codes() -> CheckedCodes:
-    """The judge, one for the whole process."""
+    """The checked codes, one object for the whole process."""
     return CheckedCodes()

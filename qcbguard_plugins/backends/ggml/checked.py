@@ -1,9 +1,9 @@
 """A fast quantizer whose answers the real one checks.
 
-The twin restates ggml's searches; whether it does so to the last bit depends on ggml's version and on the machine that
-both were compiled for. So in every call some rows, chosen at random, are quantized by the real library as well, and
-both must agree on every code, scale and offset. At the first difference the library answers for that type, for the rest
-of the process. The manifest says which quantizer was asked.
+The reimplementation restates ggml's searches. Whether it does so to the last bit depends on ggml's version and on the
+machine that both were compiled for. So in every call some rows, chosen at random, are quantized by the real library as
+well, and both must agree on every code, scale and offset. At the first difference the library answers for that type,
+for the rest of the process. The manifest says which quantizer was asked.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ _ROWS_PER_CHECK = 32
 
 
 class CheckedQuantizer:
-    """ggml's quantizer by its twin, with the library as the judge.
+    """ggml's quantizer by its reimplementation, checked by the library.
 
     Attributes:
         library: The real quantizer.
-        differing: Types whose twin was found to differ.
+        differing: Types whose reimplementation was found to differ.
     """
 
-    def __init__(self, library: GgmlLibrary, *, twin: bool = True) -> None:
+    def __init__(self, library: GgmlLibrary, *, reimplementation: bool = True) -> None:
         self.library = library
         self.differing: set[str] = set()
-        self._twin = _load_twin() if twin else None
+        self._reimplementation = _load_reimplementation() if reimplementation else None
 
     def __call__(self, block_type: BlockType, weight: Tensor, importance: Tensor | None = None, /) -> StoredBlocks:
         """What ggml stores for rows of weights."""
         if not self.is_restated(block_type):
             return self._ask(block_type, weight, importance)
-        assert self._twin is not None, "a type is restated only where there is a twin"
-        stored = self._twin(block_type, weight, importance)
+        assert self._reimplementation is not None, "a type is restated only where there is a reimplementation"
+        stored = self._reimplementation(block_type, weight, importance)
         rows = slice(random.randrange(min(_ROWS_PER_CHECK, len(weight))), None, _ROWS_PER_CHECK)  # noqa: S311
         if _same(_rows_of(stored, len(weight), rows), self._ask(block_type, weight[rows], importance)):
             return stored
@@ -52,16 +52,16 @@ class CheckedQuantizer:
         return self._ask(block_type, weight, importance)
 
     def is_restated(self, block_type: BlockType) -> bool:
-        """True while the twin answers for a type."""
-        return self._twin is not None and block_type.name not in self.differing
+        """True while the reimplementation answers for a type."""
+        return self._reimplementation is not None and block_type.name not in self.differing
 
     def real(self) -> CheckedQuantizer:
         """The library alone."""
-        return CheckedQuantizer(self.library, twin=False)
+        return CheckedQuantizer(self.library, reimplementation=False)
 
     def describe(self) -> str:
         """Who was asked, for the record."""
-        if self._twin is None:
+        if self._reimplementation is None:
             return "none: numba is not installed"
         import numba
 
@@ -73,20 +73,20 @@ class CheckedQuantizer:
 
 
 @lru_cache(maxsize=8)
-def checked_quantizer(library_path: Path | None = None, *, twin: bool = True) -> CheckedQuantizer:
+def checked_quantizer(library_path: Path | None = None, *, reimplementation: bool = True) -> CheckedQuantizer:
     """The quantizer of a library, one for the whole process.
 
     Args:
         library_path: A ggml library; ``None`` for that of an installed package.
-        twin: False to ask the library alone.
+        reimplementation: False to ask the library alone.
 
     Raises:
         UsageError, MissingDependencyError: As :func:`~qcbguard_plugins.backends.ggml.library.load_library`.
     """
-    return CheckedQuantizer(load_library(library_path), twin=twin)
+    return CheckedQuantizer(load_library(library_path), reimplementation=reimplementation)
 
 
-def _load_twin() -> Quantize | None:
+def _load_reimplementation() -> Quantize | None:
     try:
         from qcbguard_plugins._kernels.ggml.quantizer import quantize
     except ImportError:
@@ -128,4 +128,4 @@ def library_facts(type_names: Iterable[str], library_path: Path | None, *, has_i
     if not any(BLOCK_TYPES[name].searched for name in type_names) and not has_imatrix:
         return {}
     quantizer = checked_quantizer(library_path)
-    return {"ggml": quantizer.library.version, "ggml_twin": quantizer.describe()}
+    return {"ggml": quantizer.library.version, "ggml_reimplementation": quantizer.describe()}

@@ -19,7 +19,6 @@ def gguf_grid(
     outtype: torch.dtype = torch.float32,
     importance: Tensor | None = None,
     library_path: Path | None = None,
-    twin: bool = True,
     min_as_planned: float = MIN_AS_PLANNED,
 ) -> GgmlGrid:
     """The grid of a tensor type such as ``Q4_K``.
@@ -30,7 +29,6 @@ def gguf_grid(
         importance: float32 ``[in_features]``, the tensor's importance matrix, where the user has one; for a stack of
             matrices ``[num_matrices, in_features]``.
         library_path: A ggml library to ask; ``None`` for that of an installed package.
-        twin: False to ask the library about everything and its reimplementation about nothing.
         min_as_planned: Share of a tensor's codes that must be stored as chosen.
 
     Raises:
@@ -43,5 +41,5 @@ def gguf_grid(
     # Q8_0 looks at no importance matrix.
     if not block_type.searched and (importance is None or type_name == "Q8_0"):
         return FormulaGrid(block_type, outtype, load_kernels(), min_as_planned=min_as_planned)
-    quantizer = checked_quantizer(library_path, twin=twin)
+    quantizer = checked_quantizer(library_path)
     return SearchedGrid(block_type, quantizer, outtype, importance, load_kernels(), min_as_planned=min_as_planned)

@@ -51,11 +51,11 @@ def guarded_weights(
     guard = Guard(method, seed=seed, calibration=calibration)
     # A defense computes in full precision, also while the attacker trains in bfloat16.
     with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
-        twin = copy.deepcopy(model).eval()
+        surrogate = copy.deepcopy(model).eval()
         if weights is not None:
-            restore(twin, weights)
-        guard_model(twin, inputs.format, guard, tokenizer=inputs.tokenizer)
-    return snapshot(twin)
+            restore(surrogate, weights)
+        guard_model(surrogate, inputs.format, guard, tokenizer=inputs.tokenizer)
+    return snapshot(surrogate)
 
 
 @torch.no_grad()
