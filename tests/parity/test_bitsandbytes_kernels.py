@@ -17,7 +17,7 @@ from qcbguard_plugins.defenses import Stochastic
 from qcbguard_plugins.errors import UnguardableError
 from qcbguard_plugins.grids import Grid
 from qcbguard_plugins.grids.codebook import BLOCK_SIZES
-from qcbguard_plugins.rounding.guard_weight import guard_weight as rounding
+from qcbguard_plugins.rounding import guard_weight as rounding
 from qcbguard_plugins.rounding.guarded_weight import GuardedWeight
 from tests.parity.test_bitsandbytes_grids import DTYPES, FORMATS, KINDS, SHAPES, weights_of
 

@@ -103,9 +103,9 @@ def _interrupted(folder: Path, name: str) -> Prepared:
             staging.remember("seed", lambda: 7)
             staging.copy_rest(checkpoint.shards, [])
             for entry in checkpoint.tensors.values():
-                stored, digest = staging.read(entry)
-                if staging.resumed(entry) is None and not kept.exists():
-                    staging.write(entry, digest, stored, unchanged_record(entry.key))
+                stored, digest = staging.read(entry.key)
+                if staging.resumed(entry.key) is None and not kept.exists():
+                    staging.write(entry.key, digest, stored, unchanged_record(entry.key))
             raise _Stop
 
     def reset() -> None:
