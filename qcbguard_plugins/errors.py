@@ -52,6 +52,10 @@ class CalibrationError(QcbguardError):
     """A method needs calibration and there is no way to get it, or it went wrong."""
 
 
+class UncalibratableError(CalibrationError):
+    """A model that no text goes through, or that breaks on it: a method without data is the best there is for it."""
+
+
 class PurificationError(QcbguardError):
     """A training of a purification went wrong, or what it gave cannot be stored."""
 

@@ -40,6 +40,8 @@ class TensorRecord(Record):
         formats: The formats that read it; a GGUF one by its type, of which a mix has several.
         stored_name: Its name in the file that the quantizer writes, where it is another.
         chosen: Parameters that the method chose for this tensor by itself.
+        why_data_free: Why it got stochastic rounding in place of a method that needs calibration; empty where it did
+            not.
     """
 
     name: str
@@ -57,6 +59,7 @@ class TensorRecord(Record):
     formats: tuple[str, ...] = ()
     stored_name: str = ""
     chosen: dict[str, float | str] = Field(default_factory=dict)
+    why_data_free: str = ""
 
 
 class FileRecord(Record):
@@ -148,6 +151,15 @@ class GuardReport(Report):
             for name, value in tensor.chosen.items():
                 values.setdefault(name, set()).add(value)
         return {name: sorted(found, key=str) for name, found in sorted(values.items())}
+
+    @property
+    def data_free(self) -> dict[str, list[str]]:
+        """By reason the tensors that got stochastic rounding in place of a method that needs calibration."""
+        by_reason: dict[str, list[str]] = {}
+        for tensor in self.tensors:
+            if tensor.why_data_free:
+                by_reason.setdefault(tensor.why_data_free, []).append(tensor.name)
+        return by_reason
 
     @property
     def share_as_planned(self) -> float | None:

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qcbguard_plugins._util.json_lines import read_json_lines
-from qcbguard_plugins.errors import CalibrationError, UsageError
+from qcbguard_plugins.errors import CalibrationError, UncalibratableError, UsageError
+from qcbguard_plugins.models.text_pass import one_line, position_limit, table_limit
 
 _PASSAGE_SEPARATOR = "\n%%\n"
 _MIN_TOKENS = 16
@@ -114,10 +115,32 @@ def calibration_tokens(calibration: Calibration, config: Any, tokenizer: Any) ->
 
 
 def _sequence_length(calibration: Calibration, config: Any) -> int:
-    limit = getattr(config, "max_position_embeddings", None)
-    return (
-        min(calibration.sequence_length, limit) if isinstance(limit, int) and limit > 0 else calibration.sequence_length
-    )
+    return min(calibration.sequence_length, position_limit(config) or calibration.sequence_length)
+
+
+def fit_to_model(tokens: Tensor, model: Any) -> Tensor:
+    """The sequences, cut to the positions that a model has.
+
+    Raises:
+        UncalibratableError: The tokenizer gives ids that the model has no row for.
+    """
+    limit = table_limit(model)
+    tokens = tokens if limit is None else tokens[:, :limit].contiguous()
+    table = _table(model)
+    if table is not None and int(tokens.max()) >= table.num_embeddings:
+        raise UncalibratableError(
+            f"the tokenizer gives ids up to {int(tokens.max())}, and {type(model).__name__} has "
+            f"{table.num_embeddings} rows"
+        )
+    return tokens
+
+
+def _table(model: Any) -> nn.Embedding | None:
+    try:
+        table = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):  # models of sound and of pictures have none
+        return None
+    return table if isinstance(table, nn.Embedding) else None
 
 
 def _cut(texts: Iterable[str], tokenizer: Any, num_sequences: int, length: int) -> Tensor:
@@ -127,11 +150,11 @@ def _cut(texts: Iterable[str], tokenizer: Any, num_sequences: int, length: int) 
         ids += tokenizer(text, verbose=False)["input_ids"]
         if len(ids) >= num_sequences * length:
             break
-    length = min(length, len(ids))
-    if length < _MIN_TOKENS:
+    if len(ids) < _MIN_TOKENS:
         raise CalibrationError(
             f"the calibration text has {len(ids)} tokens; at least {_MIN_TOKENS} are needed", remedy="Give more text."
         )
+    length = min(length, len(ids))
     count = min(num_sequences, len(ids) // length)
     return torch.tensor(ids[: count * length]).view(count, length)
 
@@ -174,25 +197,35 @@ def self_generated_tokens(calibration: Calibration, model: Any, *, seed: int) ->
 
     Returns:
         int64 ``[num_sequences, sequence_length]`` on the model's device.
+
+    Raises:
+        UncalibratableError: The model cannot write.
     """
+    table = _table(model)
+    if table is None or not callable(getattr(model, "generate", None)) or not model.can_generate():
+        raise UncalibratableError(f"{type(model).__name__} has no tokenizer beside it and cannot write text itself")
     device = next(model.parameters()).device
-    vocab_size = model.get_input_embeddings().num_embeddings
-    length = _sequence_length(calibration, model.config)
+    length = min(_sequence_length(calibration, model.config), table_limit(model) or calibration.sequence_length)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed % 2**63)
-        prompt = torch.randint(vocab_size, (calibration.num_sequences, 1), device=device)
+        prompt = torch.randint(table.num_embeddings, (calibration.num_sequences, 1), device=device)
         bos = getattr(model.config, "bos_token_id", None)
         if isinstance(bos, int):
             prompt = torch.cat([torch.full_like(prompt, bos), prompt], dim=1)
-        written: Tensor = model.generate(
-            input_ids=prompt,
-            attention_mask=torch.ones_like(prompt),
-            min_length=length,
-            max_length=length,
-            do_sample=True,
-            temperature=1.0,
-            top_k=50,
-            top_p=1.0,
-            pad_token_id=0,
-        )
+        try:
+            written: Tensor = model.generate(
+                input_ids=prompt,
+                attention_mask=torch.ones_like(prompt),
+                min_length=length,
+                max_length=length,
+                do_sample=True,
+                temperature=1.0,
+                top_k=50,
+                top_p=1.0,
+                pad_token_id=0,
+            )
+        except Exception as error:  # a model may break in any way, by numbers that its dtype cannot hold among others
+            raise UncalibratableError(
+                f"{type(model).__name__} has no tokenizer beside it and breaks when it writes ({one_line(error)})"
+            ) from error
     return written[:, :length].contiguous()

@@ -10,12 +10,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qcbguard_plugins.errors import CheckpointError
+from qcbguard_plugins.models.skeleton import load_config, model_class, require_transformers
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from transformers import PreTrainedModel
-from qcbguard_plugins.models.skeleton import load_config, model_class, require_transformers
+
+_SAMPLE = "A bridge crosses the river; seven boats pass below it."
+# Any vocabulary, of single letters even, tells more ids in the sample apart.
+_SAMPLE_IDS = 6
 
 
 def load_full_precision(model_dir: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -34,16 +38,40 @@ def load_full_precision(model_dir: Path, dtype: torch.dtype) -> PreTrainedModel:
     return model.eval()
 
 
-def load_tokenizer(model_dir: Path | str, *, local: bool = True) -> Any:
-    """The model's tokenizer, or ``None`` where it has none that can be loaded without running code of its own."""
+def load_tokenizer(model_dir: Path | str) -> Any:
+    """The tokenizer in a folder, or ``None`` where it holds none that can be used without running code of its own.
+
+    Nothing is fetched: what a load has left on this machine is all that counts.
+    """
     transformers = require_transformers()
     try:
         with _quiet():
-            return transformers.AutoTokenizer.from_pretrained(
-                model_dir, trust_remote_code=False, local_files_only=local
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                model_dir, trust_remote_code=False, local_files_only=True
             )
     except Exception:  # absent, malformed, or in need of a library or code: in each case there is none to use
-        return _bare_tokenizer(Path(model_dir))
+        tokenizer = _bare_tokenizer(Path(model_dir))
+    return tokenizer if tokenizer is not None and _reads_text(tokenizer) else None
+
+
+def tokenizer_beside(files: Sequence[Path]) -> Any:
+    """The tokenizer beside weight files: in their folder, or in the one above where they lie in a subfolder of it."""
+    folder = files[0].parent
+    return load_tokenizer(folder) or (load_tokenizer(folder.parent) if _is_subfolder(folder) else None)
+
+
+def _is_subfolder(folder: Path) -> bool:
+    """True for a folder inside a model's folder or inside a snapshot of the hub's cache."""
+    return (folder.parent / "config.json").is_file() or folder.parent.parent.name == "snapshots"
+
+
+def _reads_text(tokenizer: Any) -> bool:
+    """False for one without a vocabulary, such as transformers makes of a model type where files are missing."""
+    try:
+        with _quiet():
+            return len(set(tokenizer(_SAMPLE, add_special_tokens=False)["input_ids"])) >= _SAMPLE_IDS
+    except Exception:  # one that wants more than text, as those of documents do
+        return False
 
 
 def require_tokenizer(model_dir: Path, remedy: str = "Put the tokenizer files beside the model.") -> Any:

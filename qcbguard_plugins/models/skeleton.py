@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -102,19 +103,33 @@ def _require_same_positions(config: Any, model_dir: Path) -> None:
 def build_skeleton(config: Any) -> PreTrainedModel:
     """The model without its weights: every parameter on the meta device.
 
+    Weights that are tied later are apart, as they are when transformers asks a quantizer for its layers: which
+    parameter is the last one, and so left out by bitsandbytes, depends on it.
+
     Raises:
         CheckpointError: transformers cannot build it from this configuration.
     """
     config = copy.deepcopy(config)
     cls = model_class(config)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _untied():
             skeleton: PreTrainedModel = cls(config)
     except Exception as error:  # as above: a value that the configuration takes may break in the model
         raise CheckpointError(
             f"config.json describes no {cls.__name__} that transformers can build: {type(error).__name__}: {error}"
         ) from error
     return skeleton
+
+
+def _untied() -> AbstractContextManager[Any]:
+    """The context of ``from_pretrained`` in which a model does not tie its weights."""
+    if require_transformers().__version__.startswith("4."):
+        from transformers.modeling_utils import no_init_weights
+
+        return cast("AbstractContextManager[Any]", no_init_weights())
+    from transformers import initialization
+
+    return cast("AbstractContextManager[Any]", initialization.no_tie_weights())
 
 
 def transposed_parameters(skeleton: PreTrainedModel) -> set[str]:

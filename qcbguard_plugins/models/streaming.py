@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from qcbguard_plugins.checkpoint import Checkpoint
 from qcbguard_plugins.checkpoint.journal import read_span
-from qcbguard_plugins.errors import CheckpointError
-from qcbguard_plugins.models.hessians import decoder_blocks
+from qcbguard_plugins.errors import CalibrationError, CheckpointError
 from qcbguard_plugins.models.skeleton import build_skeleton, load_config, model_class, parameter_keys
+from qcbguard_plugins.models.text_pass import stacks_of_blocks
 
 
 class StreamedWeights:
@@ -32,6 +32,7 @@ class StreamedWeights:
             layers: Names of layers, most of which lie in the blocks.
 
         Raises:
+            CalibrationError: The model has no blocks.
             CheckpointError: A parameter is not stored as one tensor, or not in the model's dtype alone.
         """
         self._checkpoint, self._dtype = checkpoint, dtype
@@ -39,7 +40,12 @@ class StreamedWeights:
         self._keys = parameter_keys(build_skeleton(config), checkpoint.tensors)
         self.model = _empty_model(config, dtype)
         self._names = {id(parameter): name for name, parameter in self.model.named_parameters(remove_duplicate=False)}
-        self._blocks = decoder_blocks(self.model, layers)
+        self._blocks = [block for stack in stacks_of_blocks(self.model, layers).values() for block in stack]
+        if not self._blocks:
+            raise CalibrationError(
+                f"{type(self.model).__name__} has no list of blocks that could be in memory one by one",
+                remedy="Raise --max-memory so that the whole model fits, or use --method stochastic.",
+            )
         self._refuse_what_is_assembled()
         inside = {id(parameter) for block in self._blocks for parameter in block.parameters()}
         tied = _tied(self.model)

@@ -13,10 +13,12 @@ from qcbguard_plugins._util.progress import Progress
 from qcbguard_plugins.checkpoint.manifest import TensorRecord
 from qcbguard_plugins.defenses import ModelWeight, WholeModelDefense
 from qcbguard_plugins.detection.weights.prescreen import looks_attacked
+from qcbguard_plugins.errors import CalibrationError, QcbguardError, UncalibratableError
 from qcbguard_plugins.grids import Grid
-from qcbguard_plugins.models.calibration import calibration_tokens, self_generated_tokens
+from qcbguard_plugins.models.calibration import calibration_tokens, fit_to_model, self_generated_tokens
 from qcbguard_plugins.models.hessians import Weights, WeightsInMemory, gather_hessians
 from qcbguard_plugins.models.target import Target
+from qcbguard_plugins.models.text_pass import one_line
 from qcbguard_plugins.pipeline.guard_target import Evidence, guard_target
 from qcbguard_plugins.pipeline.multi_format import coarsest_first
 from qcbguard_plugins.pipeline.settings import Guard
@@ -72,24 +74,63 @@ def guard_layers(
     wanted = {target.layer: target for target in targets if pending is None or target.name in pending}
     hessians: Iterator[tuple[str, Tensor | None]] = iter(dict.fromkeys(wanted).items())
     learned: dict[str, Tensor] = {}
+    whys: dict[str, str] = {}
     if guard.method.needs_calibration:
-        if tokens is None:
-            tokens = self_generated_tokens(guard.calibration, model, seed=guard.seed)
-        tokens = group.broadcast(tokens).to(model.device)
-        if isinstance(guard.method, WholeModelDefense):
-            learned = guard.method.learn(model, _model_weights(model, targets), tokens, guard.seed)
+        try:
+            tokens = _fitting_tokens(model, tokens, guard, group)
+        except UncalibratableError as error:
+            if isinstance(guard.method, WholeModelDefense):
+                raise
+            whys = dict.fromkeys(wanted, error.summary)
         else:
-            hessians = _hessians(model, tokens, targets, set(group.gather(list(wanted))), weights, group)
+            if isinstance(guard.method, WholeModelDefense):
+                learned = _learn(model, targets, guard, tokens)
+            else:
+                hessians = _hessians(model, tokens, targets, set(group.gather(list(wanted))), weights, group, whys)
     for layer, hessian in hessians:
         if layer not in wanted:
             continue
         target, stored = wanted[layer], model.get_parameter(f"{layer}.weight").data
-        evidence = Evidence(hessian, attack_seen, learned.get(layer))
+        is_elsewhere = stored.is_meta  # a layer that text did not reach, of a model that is read block by block
+        if is_elsewhere:
+            stored = weights.weight(layer)
+        evidence = Evidence(hessian, attack_seen, learned.get(layer), whys.get(layer, ""))
         guarded, record = guard_target(target, stored, guard, evidence)
-        stored.copy_(guarded)
+        if not is_elsewhere:
+            stored.copy_(guarded)
         yield target, guarded, record
         if progress is not None:
             progress(target.num_weights)
+
+
+def _fitting_tokens(model: Any, tokens: Tensor | None, guard: Guard, group: ProcessGroup) -> Tensor:
+    """The sequences as the model can take them.
+
+    Raises:
+        UncalibratableError: There are none for this model.
+    """
+    assert guard.seed is not None, "the seed is drawn once a run"
+    if tokens is None:
+        tokens = self_generated_tokens(guard.calibration, model, seed=guard.seed)
+    return fit_to_model(group.broadcast(tokens).to(model.device), model)
+
+
+def _learn(model: Any, targets: Sequence[Target], guard: Guard, tokens: Tensor) -> dict[str, Tensor]:
+    """What a whole-model method learns.
+
+    Raises:
+        CalibrationError: The model cannot be trained on text.
+    """
+    assert isinstance(guard.method, WholeModelDefense) and guard.seed is not None
+    try:
+        return guard.method.learn(model, _model_weights(model, targets), tokens, guard.seed)
+    except QcbguardError:
+        raise
+    except Exception as error:  # a model may break in any way on inputs that it was not made for
+        raise CalibrationError(
+            f"{guard.method.name} cannot learn from {type(model).__name__}: {one_line(error)}",
+            remedy="Use feedback or stochastic: they take models of every kind.",
+        ) from error
 
 
 def _hessians(
@@ -99,13 +140,20 @@ def _hessians(
     wanted: Collection[str],
     weights: Weights,
     group: ProcessGroup,
+    whys: dict[str, str],
 ) -> Iterator[tuple[str, Tensor | None]]:
-    """Hessians by layer name; ``None`` for layers that have no inputs."""
+    """Hessians by layer name; ``None`` for layers that have no inputs, and ``whys`` says why."""
     by_module = {target.calibrated_by or target.layer: target.layer for target in targets if target.has_inputs}
     skipped = {module for module, layer in by_module.items() if layer not in wanted}
-    for hessians in gather_hessians(model, tokens, list(by_module), skip=skipped, weights=weights, group=group):
+    unreached: dict[str, str] = {}
+    groups = gather_hessians(
+        model, tokens, list(by_module), skip=skipped, weights=weights, group=group, unreached=unreached
+    )
+    for hessians in groups:
         for module, hessian in hessians.items():
             yield by_module[module], hessian
+    whys.update({by_module[module]: why for module, why in unreached.items()})
+    yield from dict.fromkeys(by_module[module] for module in unreached).items()
     # Last, because the blocks that were still to come had read the full-precision table.
     for target in targets:
         if not target.has_inputs and target.layer in wanted:

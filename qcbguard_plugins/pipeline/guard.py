@@ -89,6 +89,8 @@ def guard_planned(
 ) -> GuardReport:
     """Carry out a plan; see :func:`guard_checkpoint`."""
     started = time.monotonic()
+    if guard.method.needs_calibration:
+        guard = guard.with_source(has_tokenizer=load_tokenizer(plan.checkpoint.path) is not None)
     streamed = group.broadcast(plan_memory(plan, guard, budget_bytes).streamed)
     request = {"formats": plan.formats, "ignored": plan.ignored, "versions": versions(), **guard.describe()}
     with resumable_folder(Path(dst), plan.checkpoint, request, group) as staging:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,11 +30,13 @@ class Evidence:
         hessian: float32 ``[in_features, in_features]``, for a method that needs calibration.
         looks_attacked: Whether the weight tests saw an attack in the model; true where nobody looked.
         round_up: Bool ``[out_features, in_features]``, what a whole-model method learned.
+        why_data_free: Why there is nothing that a method that needs calibration could go by; empty where there is.
     """
 
     hessian: Tensor | None = None
     looks_attacked: bool = True
     round_up: Tensor | None = None
+    why_data_free: str = ""
 
 
 def guard_target(
@@ -89,6 +91,7 @@ def record_of(target: Target, results: Sequence[GuardedWeight]) -> TensorRecord:
         formats=target.formats,
         stored_name=target.stored_name,
         chosen=dict(first.chosen),
+        why_data_free=first.why_data_free,
     )
 
 
@@ -127,23 +130,34 @@ def _guard_matrix(
     target: Target, name: str, index: int, stored: Tensor, guard: Guard, evidence: Evidence, *, overwrite: bool
 ) -> GuardedWeight:
     assert guard.seed is not None, "the seed is drawn once a run"
-    method = guard.method if target.has_inputs or not guard.method.needs_calibration else Stochastic()
+    why_data_free = evidence.why_data_free
+    if not target.has_inputs and guard.method.needs_calibration:
+        why_data_free = "a table that multiplies nothing"
     weight = target.turn(stored)
     grids = coarsest_first(weight, [grid.of_matrix(index) for grid in target.grids])
-    try:
-        guarded = guard_weight(
-            weight,
-            grids[0],
-            method,
-            seed=guard.seed,
-            name=name,
-            hessian=evidence.hessian,
-            # Only unbiased rounding serves quantizers of other grids.
-            looks_attacked=evidence.looks_attacked or len(grids) > 1,
-            round_up=evidence.round_up,
-            # With several grids it is compared with the outcome.
-            overwrite=overwrite and len(grids) == 1,
-        )
-    except CalibrationError as error:
-        raise CalibrationError(f"{name}: {error.summary}", details=error.details, remedy=error.remedy) from error
+    guarded = None
+    if not why_data_free:
+        try:
+            guarded = guard_weight(
+                weight,
+                grids[0],
+                guard.method,
+                seed=guard.seed,
+                name=name,
+                hessian=evidence.hessian,
+                # Only unbiased rounding serves quantizers of other grids.
+                looks_attacked=evidence.looks_attacked or len(grids) > 1,
+                round_up=evidence.round_up,
+                # With several grids it is compared with the outcome.
+                overwrite=overwrite and len(grids) == 1,
+            )
+        except CalibrationError as error:
+            if evidence.hessian is None:
+                raise CalibrationError(
+                    f"{name}: {error.summary}", details=error.details, remedy=error.remedy
+                ) from error
+            why_data_free = error.summary
+    if guarded is None:
+        data_free = guard_weight(weight, grids[0], Stochastic(), seed=guard.seed, name=name)
+        guarded = replace(data_free, why_data_free=why_data_free)
     return require_all_grids(weight, guarded, grids, name)

@@ -41,6 +41,15 @@ class Guard:
         """The same guard with its seed drawn."""
         return self if self.seed is not None else replace(self, seed=secrets.randbits(63))
 
+    def with_source(self, has_tokenizer: bool) -> Guard:
+        """The same guard with its calibration text decided on, for the report to name it.
+
+        Raises:
+            CalibrationError: The source needs a tokenizer and there is none.
+        """
+        source = self.calibration.resolve(has_tokenizer)
+        return replace(self, calibration=replace(self.calibration, source=source))
+
     def describe(self) -> dict[str, Any]:
         """The guard as JSON values."""
         return {

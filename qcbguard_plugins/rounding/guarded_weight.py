@@ -24,6 +24,8 @@ class GuardedWeight:
         digest: SHA-256 of the plan in hexadecimal: :func:`codes_digest`, or :func:`blocks_digest` for GGUF.
         energy: Sum of the squared weights.
         chosen: Parameters that the method chose by itself.
+        why_data_free: Why stochastic rounding was used in place of a method that needs calibration; empty where the
+            method that was asked for made the choices.
     """
 
     weight: Tensor
@@ -35,3 +37,4 @@ class GuardedWeight:
     digest: str
     energy: float = 0.0
     chosen: Mapping[str, float | str] = field(default_factory=dict)
+    why_data_free: str = ""

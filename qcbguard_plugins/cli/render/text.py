@@ -43,6 +43,7 @@ def render_guard(report: GuardReport) -> Group:
         lines.append(f"... and {len(ranked) - _MAX_ROWS} more tensors, in the report")
     lines += [f"UNGUARDED  {name}" for name in report.unguarded]
     lines += [f"left out, unguarded weights in another form: {name}" for name in report.left_out]
+    lines += [f"guarded without data: {len(names)} tensors, {why}" for why, names in report.data_free.items()]
     if report.purification is not None:
         changed = "" if report.purification.weights_as_purified else "; ITS WEIGHTS WERE CHANGED SINCE"
         lines.append(f"purified before, {report.purification.created}{changed}")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -20,7 +18,9 @@ from qcbguard_plugins.backends.base import Backend
 from qcbguard_plugins.backends.bitsandbytes.backend import BitsAndBytes
 from qcbguard_plugins.backends.bitsandbytes.stock import format_of, parameter_codes, require_bitsandbytes
 from qcbguard_plugins.defenses import Defense
+from qcbguard_plugins.grids import CodebookGrid
 from qcbguard_plugins.hooks.transformers.config import GuardedConfigMixin
+from qcbguard_plugins.hooks.transformers.exact_scales import ExactScales
 from qcbguard_plugins.hooks.transformers.on_the_fly import GuardedHfQuantizerMixin
 from qcbguard_plugins.hooks.transformers.registration import register_quantizer
 from qcbguard_plugins.pipeline.settings import Guard, as_guard
@@ -70,7 +70,7 @@ class _BitsAndBytesMixin(GuardedHfQuantizerMixin):
 
     def __init__(self, config: GuardedBitsAndBytesConfig, **kwargs: Any) -> None:
         super().__init__(config, **kwargs)
-        self._exact_states: dict[str, Any] = {}
+        self._exact_scales: ExactScales | None = None
 
     def format_of(self, config: Any) -> str:
         return format_of(config)
@@ -90,46 +90,23 @@ class _BitsAndBytesMixin(GuardedHfQuantizerMixin):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         loaded = super()._process_model_after_weight_loading(model, **kwargs)
-        self._exact_states = _exact_quant_states(model)
+        if isinstance(self.grid, CodebookGrid):
+            self._exact_scales = ExactScales(model, self.grid)
         return loaded
 
+    def scales_of(self, parameter: Any) -> Any:
+        state = getattr(parameter, "quant_state", None)
+        return None if state is None else (state.absmax, state.offset if state.nested else None)
+
     def get_state_dict_and_metadata(self, model: Any, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, str]]:
-        """What ``save_pretrained`` stores: exact block scales, and the guard in each file's header."""
-        _restore_exact_quant_states(model, self._exact_states)
+        """What ``save_pretrained`` stores: exact block scales, and the guard in each file's header.
+
+        Raises:
+            CheckpointError: Block scales have been rounded, and the exact ones are those of another weight.
+        """
+        if self._exact_scales is not None:
+            self._exact_scales.restore(model)
         return super().get_state_dict_and_metadata(model, *args, **kwargs)
-
-
-def _exact_quant_states(model: Any) -> dict[str, Any]:
-    """Keep the block scales of layers whose first forward pass will replace them by bfloat16 ones.
-
-    bitsandbytes repacks 4-bit weights in place on processors with AVX512-BF16 and does not restore the exact scales
-    when the model is saved. A shallow copy keeps the scale tensors alive, which are a small part of the weights.
-    """
-    nn = require_bitsandbytes().nn
-    states = {
-        name: copy.copy(module.weight.quant_state)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear4bit)
-        and getattr(module, "support_avx512bf16_for_cpu", False)
-        and module.weight.device.type == "cpu"
-        and module.weight.quant_state is not None
-    }
-    if states:
-        warnings.warn(
-            "On this processor bitsandbytes repacks 4-bit weights at the first forward pass and computes with bfloat16 "
-            "block scales. save_pretrained stays exact; read codes before the first forward pass, or set "
-            "support_avx512bf16_for_cpu = False on the layers.",
-            stacklevel=2,
-        )
-    return states
-
-
-def _restore_exact_quant_states(model: Any, states: dict[str, Any]) -> None:
-    for name, state in states.items():
-        module = model.get_submodule(name)
-        if getattr(module.weight.quant_state, "packing_format_for_cpu", False):
-            module.state_dict()  # bitsandbytes unpacks the codes here, and leaves the scales in bfloat16
-            module.weight.quant_state = module.quant_state = copy.copy(state)
 
 
 class GuardedBnb4BitHfQuantizer(_BitsAndBytesMixin, Bnb4BitHfQuantizer):  # type: ignore[misc]

@@ -7,7 +7,10 @@ import copy
 import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,20 +21,23 @@ from pydantic import Field, TypeAdapter
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from qcbguard_plugins._util.dtypes import DTYPES, dtype_name
 from qcbguard_plugins._util.records import Record
 from qcbguard_plugins.backends.formats import versions
 from qcbguard_plugins.checkpoint import hash_file
 from qcbguard_plugins.checkpoint.journal import KeptWork, bytes_of, hash_bytes, resumable, state_of
 from qcbguard_plugins.checkpoint.manifest import TensorRecord
 from qcbguard_plugins.checkpoint.shard_writer import make_room
-from qcbguard_plugins.errors import CheckpointError, TargetExistsError, UnguardableError
+from qcbguard_plugins.errors import CheckpointError, TargetExistsError, UncalibratableError
 from qcbguard_plugins.grids import Grid
 from qcbguard_plugins.models.layers import target_of
-from qcbguard_plugins.models.loading import load_tokenizer
+from qcbguard_plugins.models.loading import tokenizer_beside
 from qcbguard_plugins.models.target import Target
+from qcbguard_plugins.models.text_pass import one_line
 from qcbguard_plugins.pipeline.calibrated import guard_layers, tokens_for
 from qcbguard_plugins.pipeline.settings import Guard
 
+_DTYPES = {dtype_name(dtype): dtype for dtype in DTYPES}
 _FOLDER = "folder"
 _WEIGHTS_FILE = "guarded.safetensors"
 _RECORD_FILE = "guarded.json"
@@ -40,10 +46,11 @@ _MEMO = TypeAdapter(dict[str, str])
 
 
 class _Kept(Record):
-    """The record of a cache entry: the seed, and the plan for each tensor."""
+    """The record of a cache entry: the seed, and for each tensor the plan and the hash of the weight before."""
 
     seed: int = Field(ge=0)
     tensors: tuple[TensorRecord, ...]
+    sources: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -54,16 +61,26 @@ class CalibratedWeights:
         folder: Folder of the cache entry.
         guard: The guard that made them, its seed known.
         records: The plan for each tensor, by parameter name.
+        sources: Hash of each weight that was guarded, by parameter name.
     """
 
     folder: Path
     guard: Guard
     records: dict[str, TensorRecord]
+    sources: dict[str, str]
+
+    def is_of(self, name: str, stored: Tensor) -> bool:
+        """Whether this is the weight that was guarded.
+
+        Arguments of the caller's load that do not show in its files, such as ``key_mapping``, may make it another.
+        """
+        record = self.records.get(name)
+        if record is None:
+            return False
+        return hash_bytes(bytes_of(stored.to(_DTYPES[record.read_dtype]))) == self.sources[name]
 
     def get(self, name: str) -> tuple[Tensor, TensorRecord]:
         """A guarded weight as the checkpoint would store it, and the plan for it."""
-        if name not in self.records:
-            raise UnguardableError(f"{name} was not among the layers that were calibrated")
         try:
             with safe_open(self.folder / _WEIGHTS_FILE, framework="pt") as file:
                 return file.get_tensor(name), self.records[name]
@@ -73,6 +90,7 @@ class CalibratedWeights:
             ) from error
 
 
+@contextlib.contextmanager
 def calibrated_weights(
     skeleton: Any,
     files: Sequence[Path],
@@ -80,7 +98,7 @@ def calibrated_weights(
     layers: Mapping[str, bool],
     grid: Grid,
     guard: Guard,
-) -> CalibratedWeights:
+) -> Iterator[CalibratedWeights]:
     """Guard the layers of a model with a calibrated method, or find that done already.
 
     Args:
@@ -92,15 +110,50 @@ def calibrated_weights(
         guard: The guard as the user asked for it. Without a seed, an earlier result with a seed of its own serves.
 
     Raises:
-        CheckpointError: The files are not safetensors, or the cache cannot be read.
-        CalibrationError: There is no way to calibrate.
+        CheckpointError: The cache cannot be read.
+        CalibrationError: What the user calibrates with cannot be used.
+        UncalibratableError: The model cannot be calibrated.
     """
     unsafe = [file.name for file in files if file.suffix != ".safetensors"]
-    if unsafe:
-        raise CheckpointError("only safetensors files can be calibrated on", details=unsafe)
-    tokenizer = load_tokenizer(files[0].parent) or load_tokenizer(skeleton.config.name_or_path, local=False)
+    if not files or unsafe:
+        what = f"{unsafe[0]} is not safetensors" if unsafe else "the load has no checkpoint files"
+        raise UncalibratableError(f"calibration reads safetensors files, and {what}")
+    tokenizer = tokenizer_beside(files)
+    guard = guard.with_source(has_tokenizer=tokenizer is not None)
     tokens = tokens_for(guard, skeleton.config, tokenizer)
-    cache_dir = guard.cache_dir or user_cache_path("qcbguard")
+    with _writable(guard.cache_dir or user_cache_path("qcbguard")) as cache_dir:
+        yield _kept_or_made(skeleton, files, dtype, layers, grid, guard, tokens, cache_dir)
+
+
+@contextlib.contextmanager
+def _writable(cache_dir: Path) -> Iterator[Path]:
+    """The cache; one that is gone after the load where the user's cannot be written to."""
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cache_dir):
+            pass
+    except OSError as error:
+        warnings.warn(
+            f"Calibrated weights are not kept for the next load: {error.strerror or error}: {cache_dir}. "
+            "Name a folder that can be written to with Guard(cache_dir=...).",
+            stacklevel=2,
+        )
+        with tempfile.TemporaryDirectory(prefix="qcbguard-") as folder:
+            yield Path(folder)
+    else:
+        yield cache_dir
+
+
+def _kept_or_made(
+    skeleton: Any,
+    files: Sequence[Path],
+    dtype: torch.dtype | None,
+    layers: Mapping[str, bool],
+    grid: Grid,
+    guard: Guard,
+    tokens: Tensor | None,
+    cache_dir: Path,
+) -> CalibratedWeights:
     key = {
         "files": {file.name: digest for file, digest in _digests(files, cache_dir).items()},
         "tokens": None if tokens is None else hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
@@ -113,6 +166,8 @@ def calibrated_weights(
     }
     key = json.loads(json.dumps(key, sort_keys=True, default=str))
     folder = cache_dir.absolute() / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    if folder.exists() and not _is_whole(folder, layers):
+        shutil.rmtree(folder)  # an entry that something else has half deleted is made again
     if not folder.exists():
 
         def state() -> dict[str, list[int]]:
@@ -129,6 +184,16 @@ def calibrated_weights(
     return _open(folder, guard)
 
 
+def _is_whole(folder: Path, layers: Mapping[str, bool]) -> bool:
+    """Whether an entry has its record and all its weights."""
+    try:
+        names = {record.name for record in _Kept.model_validate_json((folder / _RECORD_FILE).read_bytes()).tensors}
+        with safe_open(folder / _WEIGHTS_FILE, framework="pt") as file:
+            return names == set(file.keys()) == {f"{name}.weight" for name in layers}
+    except (OSError, ValueError, SafetensorError):
+        return False
+
+
 def _fill(partial: Path, model: Any, targets: Sequence[Target], guard: Guard, tokens: Tensor | None) -> None:
     """Guard the layers of a model into the files of a cache entry, except those that an interrupted load has done."""
     kept = KeptWork(partial)
@@ -143,7 +208,8 @@ def _fill(partial: Path, model: Any, targets: Sequence[Target], guard: Guard, to
     for target, guarded, record in guard_layers(model, targets, replace(guard, seed=seed), tokens, pending=pending):
         records[target.name] = record
         kept.write(spans[target.name], sources[target.name], guarded, record)
-    content = _Kept(seed=seed, tensors=tuple(record for record in records.values() if record is not None))
+    made = tuple(record for record in records.values() if record is not None)
+    content = _Kept(seed=seed, tensors=made, sources=sources)
     (folder / _RECORD_FILE).write_text(content.model_dump_json(), encoding="utf-8")
 
 
@@ -155,14 +221,23 @@ def _load_full_precision(skeleton: Any, files: Sequence[Path], dtype: torch.dtyp
     with contextlib.ExitStack() as stack:
         opened = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
         state_dict = {key: file.get_slice(key) for file in opened for key in file.keys()}  # noqa: SIM118
-        model = type(skeleton).from_pretrained(None, config=config, state_dict=state_dict, dtype=dtype)
+        try:
+            # What the outer load refuses it refuses itself; here it has not been asked yet.
+            model = type(skeleton).from_pretrained(
+                None, config=config, state_dict=state_dict, dtype=dtype, ignore_mismatched_sizes=True
+            )
+        except Exception as error:  # a checkpoint may break in any way
+            raise UncalibratableError(
+                f"{type(skeleton).__name__} cannot be loaded in full precision ({one_line(error)})"
+            ) from error
     return model.eval()
 
 
 def _open(folder: Path, guard: Guard) -> CalibratedWeights:
     try:
         kept = _Kept.model_validate_json((folder / _RECORD_FILE).read_bytes())
-        return CalibratedWeights(folder, replace(guard, seed=kept.seed), {r.name: r for r in kept.tensors})
+        records = {record.name: record for record in kept.tensors}
+        return CalibratedWeights(folder, replace(guard, seed=kept.seed), records, kept.sources)
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"the cache {folder} cannot be read: {error}", remedy="Delete that folder and load again."

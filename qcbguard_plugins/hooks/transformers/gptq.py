@@ -122,7 +122,7 @@ class GuardedGptqHfQuantizer(GptqHfQuantizer):  # type: ignore[misc]
         given = self.quantization_config.tokenizer
         if given is not None and not isinstance(given, str):
             return given
-        return load_tokenizer(given or model.name_or_path, local=False)
+        return load_tokenizer(given or model.name_or_path)
 
     @torch.no_grad()
     def _compare_with_plan(self, packed: Any) -> list[TensorRecord]:

@@ -7,10 +7,13 @@ hands on the weight, guarded; what the tool then stores is compared with the pla
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,18 +23,22 @@ from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from qcbguard_plugins.backends.base import Backend
+from qcbguard_plugins.checkpoint.journal import bytes_of, hash_bytes
 from qcbguard_plugins.checkpoint.manifest import GuardReport, TensorRecord
 from qcbguard_plugins.checkpoint.provenance import PROVENANCE_KEY, provenance
+from qcbguard_plugins.defenses import Stochastic, WholeModelDefense
 from qcbguard_plugins.errors import (
-    CalibrationError,
     CheckpointError,
     QcbguardError,
+    UncalibratableError,
     UnguardableError,
     VerificationError,
 )
+from qcbguard_plugins.hooks.transformers.after_loading import forget_provenance, has_adapters, warn_of_adapters
 from qcbguard_plugins.hooks.transformers.calibrated_cache import CalibratedWeights, calibrated_weights
 from qcbguard_plugins.models.target import Target
-from qcbguard_plugins.pipeline.guard_target import guard_target
+from qcbguard_plugins.models.text_pass import one_line
+from qcbguard_plugins.pipeline.guard_target import Evidence, guard_target
 from qcbguard_plugins.pipeline.plan import Plan
 from qcbguard_plugins.pipeline.report import report_of
 from qcbguard_plugins.pipeline.settings import Guard
@@ -71,6 +78,21 @@ class GuardThenQuantize(ConversionOps):  # type: ignore[misc]
         return quantized
 
 
+def _warn_of_data_free(report: GuardReport) -> None:
+    """Say which layers got stochastic rounding where a calibrated method was asked for."""
+    for why, names in report.data_free.items():
+        warnings.warn(
+            f"{len(names)} of {report.num_targets} tensors are guarded by stochastic rounding, which needs no data: "
+            f"{why}. The first is {names[0]}; the report lists all.",
+            stacklevel=2,
+        )
+
+
+def _digest_of(scales: Any) -> str:
+    parts = scales if isinstance(scales, tuple) else (scales,)
+    return "".join(hash_bytes(bytes_of(part)) for part in parts if isinstance(part, Tensor))
+
+
 class GuardedHfQuantizerMixin(ABC):
     """The guard in front of a stock quantizer.
 
@@ -97,6 +119,10 @@ class GuardedHfQuantizerMixin(ABC):
     def is_quantized(self, parameter: Any) -> bool:
         """True for a parameter that the stock quantizer has quantized."""
 
+    def scales_of(self, parameter: Any) -> Any:
+        """What a quantized parameter stores beside its codes: tensors, or ``None`` where that is not looked at."""
+        return None
+
     def is_transposed(self, module: Any) -> bool:
         """True for a layer whose checkpoint stores ``[in_features, out_features]``."""
         return False
@@ -115,7 +141,10 @@ class GuardedHfQuantizerMixin(ABC):
         self.targets: dict[str, Target] = {}
         self.records: dict[str, TensorRecord] = {}
         self.failures: dict[str, QcbguardError] = {}
+        self._scales: dict[str, str] = {}
         self.calibrated: CalibratedWeights | None = None
+        self._cache = contextlib.ExitStack()
+        self._why_data_free = ""
         self.guard_report: GuardReport | None = None
         self._start_s = time.monotonic()
         self._loading: tuple[Any, list[str], torch.dtype | None] | None = None
@@ -138,15 +167,28 @@ class GuardedHfQuantizerMixin(ABC):
         return super().get_weight_conversions()  # type: ignore[misc]
 
     def _calibrate(self) -> None:
-        if self._loading is None or not self._loading[1]:
-            raise CalibrationError(
-                f"{self.guard.method.name} calibrates on the full-precision model, and there are no checkpoint files",
-                remedy="Load from a folder or a hub name instead of a state dict, or use guard='stochastic'.",
-            )
+        assert self._loading is not None, "transformers has made the skeleton"
         model, files, dtype = self._loading
         layers = {name: self.is_transposed(module) for name, module in self.layers_to_quantize(model)}
-        self.calibrated = calibrated_weights(model, [Path(f) for f in files], dtype, layers, self.grid, self.requested)
-        self.guard = self.calibrated.guard
+        try:
+            self.calibrated = self._cache.enter_context(
+                calibrated_weights(model, [Path(f) for f in files], dtype, layers, self.grid, self.requested)
+            )
+        except UncalibratableError as error:
+            if isinstance(self.guard.method, WholeModelDefense):
+                raise
+            self._go_on_data_free(error.summary)
+        except QcbguardError:
+            raise
+        except Exception as error:  # a model may break in any way where stock and stochastic rounding do not run it
+            self._go_on_data_free(f"calibration broke ({one_line(error)})")
+        else:
+            self.guard = self.calibrated.guard
+
+    def _go_on_data_free(self, why: str) -> None:
+        """Guard all layers by stochastic rounding: stock would finish this load."""
+        self._why_data_free = why
+        self.guard = replace(self.guard, method=Stochastic())
 
     def get_quantize_ops(self) -> GuardThenQuantize:
         return GuardThenQuantize(self, super().get_quantize_ops())  # type: ignore[misc]
@@ -156,16 +198,20 @@ class GuardedHfQuantizerMixin(ABC):
         transposed = self.is_transposed(module)
         shape = stored.shape[::-1] if transposed else stored.shape
         self.targets[name] = Target(name, (shape[0], shape[1]), stored.dtype, (self.grid,), transposed)
+        why_data_free = self._why_data_free
         if self.calibrated is not None:
-            weight, record = self.calibrated.get(name)
-            return weight.to(stored.device), record
-        return guard_target(self.targets[name], stored, self.guard)
+            if self.calibrated.is_of(name, stored):
+                weight, record = self.calibrated.get(name)
+                return weight.to(stored.device), record
+            why_data_free = "the load gives it another weight than calibration read"
+        return guard_target(self.targets[name], stored, self.guard, Evidence(why_data_free=why_data_free))
 
     def compare_with_plan(self, parameter: Any, record: TensorRecord) -> None:
         """Keep a record of a parameter that is stored as planned, or a failure."""
         codes = self.stored_codes(parameter, torch.Size(record.shape))
         if codes_digest(codes) == record.codes_sha256:
             self.records[record.name] = record
+            self._scales[record.name] = _digest_of(self.scales_of(parameter))
         else:
             self.failures[record.name] = VerificationError(
                 f"{record.name}: {self.backend.name} stored other codes than planned"
@@ -175,10 +221,13 @@ class GuardedHfQuantizerMixin(ABC):
         self._raise_if_incomplete(model)
         self._loading = None
         self.calibrated = None
+        self._cache.close()
         targets = tuple(target for name, target in self.targets.items() if name in self.records)
         plan = Plan(str(model.config.name_or_path), (self.format,), targets)
         self.guard_report = report_of(plan, self.guard, list(self.records.values()), self._start_s)
+        _warn_of_data_free(self.guard_report)
         model.config.qcbguard = provenance(self.guard_report)
+        model.register_state_dict_pre_hook(warn_of_adapters)
         return super()._process_model_after_weight_loading(model, **kwargs)  # type: ignore[misc]
 
     def _raise_if_incomplete(self, model: Any) -> None:
@@ -201,7 +250,34 @@ class GuardedHfQuantizerMixin(ABC):
             )
 
     def get_state_dict_and_metadata(self, model: Any, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, str]]:
-        """What ``save_pretrained`` stores, with the guard in each file's header."""
+        """What ``save_pretrained`` stores, with the guard in each file's header if it is still that of the weights."""
         state_dict, metadata = super().get_state_dict_and_metadata(model, *args, **kwargs)  # type: ignore[misc]
         assert self.guard_report is not None
+        if has_adapters(model):  # only they are stored, and they were not guarded
+            return state_dict, metadata
+        changed = self._changed_since_loading(model)
+        if changed:
+            forget_provenance(model, f"{len(changed)} of its weights were changed after loading, {changed[0]} first")
+            return state_dict, metadata
         return state_dict, {**metadata, PROVENANCE_KEY: json.dumps(provenance(self.guard_report))}
+
+    def _dequantize(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        forget_provenance(model, "it is no longer quantized")
+        return super()._dequantize(model, *args, **kwargs)  # type: ignore[misc]
+
+    def _changed_since_loading(self, model: Any) -> list[str]:
+        """The guarded parameters that are gone, or that store something else than they did."""
+        assert self.guard_report is not None
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        return [record.name for record in self.guard_report.tensors if not self._is_as_loaded(parameters, record)]
+
+    def _is_as_loaded(self, parameters: Mapping[str, Any], record: TensorRecord) -> bool:
+        parameter = parameters.get(record.name)
+        if parameter is None or not self.is_quantized(parameter):
+            return False
+        try:
+            codes = self.stored_codes(parameter, torch.Size(record.shape))
+        except (RuntimeError, ValueError, AttributeError):  # a weight of another shape, or of no quantizer
+            return False
+        scales = self._scales.get(record.name)
+        return codes_digest(codes) == record.codes_sha256 and scales == _digest_of(self.scales_of(parameter))

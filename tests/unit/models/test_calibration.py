@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,19 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig, LlavaConfig, T5Config
 
-from qcbguard_plugins.errors import CalibrationError, UsageError
-from qcbguard_plugins.models.calibration import Calibration, builtin_texts, calibration_tokens, self_generated_tokens
+from qcbguard_plugins.errors import CalibrationError, UncalibratableError, UsageError
+from qcbguard_plugins.models.calibration import (
+    Calibration,
+    builtin_texts,
+    calibration_tokens,
+    fit_to_model,
+    self_generated_tokens,
+)
+from qcbguard_plugins.models.loading import load_tokenizer
+from qcbguard_plugins.models.text_pass import position_limit, table_limit
 
 CONFIG = LlamaConfig(max_position_embeddings=64)
 SENTENCES = [f"Sentence number {i} speaks of rivers, bridges and boats." for i in range(40)]
@@ -122,3 +132,53 @@ def test_missing_binary_or_foreign_text_is_refused(tokenizer: Any, tmp_path: Pat
 def test_text_without_a_tokenizer_is_refused() -> None:
     with pytest.raises(CalibrationError, match="needs the model's tokenizer"):
         calibration_tokens(Calibration(source="builtin"), CONFIG, None)
+
+
+def test_sequences_fit_the_positions_that_a_model_has() -> None:
+    """RoBERTa and its relatives count positions from behind the padding token."""
+    plain, behind = nn.Module(), nn.Module()
+    plain.position_embeddings = nn.Embedding(34, 8)
+    behind.position_embeddings = nn.Embedding(34, 8, padding_idx=1)
+    assert (table_limit(plain), table_limit(behind), table_limit(nn.Linear(2, 2))) == (34, 32, None)
+
+
+@pytest.mark.parametrize(
+    ("config", "limit"),
+    [
+        (LlamaConfig(max_position_embeddings=40), 40),
+        (GPT2Config(n_positions=50), 50),
+        (T5Config(), None),
+        (LlavaConfig(text_config=LlamaConfig(max_position_embeddings=30)), 30),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
+def test_the_limit_of_a_configuration_is_found_under_any_of_its_names(config: Any, limit: int | None) -> None:
+    assert position_limit(config) == limit
+
+
+def test_a_short_context_is_no_lack_of_text(tokenizer: Any) -> None:
+    tokens = calibration_tokens(Calibration(num_sequences=4), LlamaConfig(max_position_embeddings=8), tokenizer)
+    assert tokens is not None
+    assert tokens.shape == (4, 8)
+
+
+def test_ids_beyond_the_models_rows_are_named(llama: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    with pytest.raises(UncalibratableError, match="ids up to 9999, and LlamaForCausalLM has 320 rows"):
+        fit_to_model(torch.full((1, 8), 9999), model)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "t5", "bert", "clip"])
+def test_a_folder_without_tokenizer_files_has_no_tokenizer(model_type: str, tmp_path: Path) -> None:
+    """transformers 5 makes one without a vocabulary of the model type alone."""
+    AutoConfig.for_model(model_type).save_pretrained(tmp_path)
+    assert load_tokenizer(tmp_path) is None
+
+
+def test_a_tokenizer_is_not_looked_for_in_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    assert load_tokenizer("some-owner/some-model") is None
