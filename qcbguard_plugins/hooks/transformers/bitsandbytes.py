@@ -18,7 +18,6 @@ from qcbguard_plugins.backends.base import Backend
 from qcbguard_plugins.backends.bitsandbytes.backend import BitsAndBytes
 from qcbguard_plugins.backends.bitsandbytes.stock import format_of, parameter_codes, require_bitsandbytes
 from qcbguard_plugins.defenses import Defense
-from qcbguard_plugins.grids import CodebookGrid
 from qcbguard_plugins.hooks.transformers.config import GuardedConfigMixin
 from qcbguard_plugins.hooks.transformers.exact_scales import ExactScales
 from qcbguard_plugins.hooks.transformers.on_the_fly import GuardedHfQuantizerMixin
@@ -90,7 +89,7 @@ class _BitsAndBytesMixin(GuardedHfQuantizerMixin):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         loaded = super()._process_model_after_weight_loading(model, **kwargs)
-        if isinstance(self.grid, CodebookGrid):
+        if self.quantization_config.load_in_4bit:
             self._exact_scales = ExactScales(model, self.grid)
         return loaded
 
