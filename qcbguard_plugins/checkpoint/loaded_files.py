@@ -1,7 +1,7 @@
 """Decide which files of a folder a load takes, so that what is tested, guarded and verified is what gets loaded.
 
-The order is that of transformers: ``transformers_weights`` in config.json, rank-local shards, ``model.safetensors``, the
-index. An adapter in the folder is put on top. Where a folder holds more than one answer, or where other loaders (vLLM,
+The order is that of transformers: ``transformers_weights`` in config.json, rank-local shards, ``model.safetensors``,
+the index. An adapter in the folder is put on top. Where a folder holds more than one answer, or where other loaders (vLLM,
 llama.cpp's converter, transformers on a file system that ignores case) take other files than transformers, the folder
 is refused; nothing is guessed. Pickles are never opened.
 """
@@ -21,6 +21,12 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILE = "config.json"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
+
+# Suffixes of files that hold weights, in the forms that loaders know.
+WEIGHT_SUFFIXES = frozenset({
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".ggml", ".onnx", ".onnx_data", ".pkl",
+    ".pickle", ".npz", ".npy", ".tflite", ".mlmodel", ".ot", ".nemo",
+})  # fmt: skip
 
 # transformers loads a folder with such a name as a distributed checkpoint, whatever else is in it.
 _RANK_LOCAL_SHARD = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")

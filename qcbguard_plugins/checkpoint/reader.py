@@ -15,18 +15,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from qcbguard_plugins.checkpoint.loaded_files import INDEX_FILE, loaded_files
+from qcbguard_plugins.checkpoint.loaded_files import INDEX_FILE, WEIGHT_SUFFIXES, loaded_files
 from qcbguard_plugins.errors import CheckpointError
 
 # The format's own limit on a header.
 _MAX_HEADER_BYTES = 100_000_000
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-# Files that hold weights in some other form. A guarded folder must not carry unguarded copies.
-_WEIGHT_SUFFIXES = {
-    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".ggml", ".onnx", ".onnx_data", ".pkl",
-    ".pickle", ".npz", ".npy", ".tflite", ".mlmodel", ".ot", ".nemo",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -98,7 +92,7 @@ class Checkpoint:
                 continue
             if relative.name in self.shards and relative.parent == Path():
                 continue
-            (weights if file.suffix.lower() in _WEIGHT_SUFFIXES else carried).append(relative)
+            (weights if file.suffix.lower() in WEIGHT_SUFFIXES else carried).append(relative)
         return carried, weights
 
 

@@ -1,4 +1,4 @@
-"""A GGUF file in several parts is one model: all parts are scanned, and one of them is not guarded as if it were whole."""
+"""A GGUF file in several parts is one model: all parts are scanned, and none is guarded as if it were whole."""
 
 from __future__ import annotations
 
@@ -52,9 +52,7 @@ def name_of(layer: int) -> str:
 @pytest.fixture
 def parts(tmp_path: Path) -> list[Path]:
     """Three parts with one tensor each."""
-    return [
-        write_part(tmp_path / f"m-{n + 1:05d}-of-00003.gguf", [name_of(n)], (n, 3), total=3) for n in range(3)
-    ]
+    return [write_part(tmp_path / f"m-{n + 1:05d}-of-00003.gguf", [name_of(n)], (n, 3), total=3) for n in range(3)]
 
 
 @pytest.mark.parametrize("given", [0, 1, 2])

@@ -282,5 +282,3 @@ def test_the_names_are_those_of_transformers() -> None:
     assert transformers.utils.SAFE_WEIGHTS_INDEX_NAME == own.INDEX_FILE
     assert transformers.utils.CONFIG_NAME == own.CONFIG_FILE
     assert transformers.utils.ADAPTER_CONFIG_NAME == own.ADAPTER_CONFIG_FILE
-
-
