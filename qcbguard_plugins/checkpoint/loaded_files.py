@@ -1,9 +1,9 @@
 """Decide which files of a folder a load takes, so that what is tested, guarded and verified is what gets loaded.
 
 The order is that of transformers: ``transformers_weights`` in config.json, rank-local shards, ``model.safetensors``,
-the index. An adapter in the folder is put on top. Where a folder holds more than one answer, or where other loaders (vLLM,
-llama.cpp's converter, transformers on a file system that ignores case) take other files than transformers, the folder
-is refused; nothing is guessed. Pickles are never opened.
+the index. An adapter in the folder is put on top. Where a folder holds more than one answer, or where other loaders
+(vLLM, llama.cpp's converter, transformers on a file system that ignores case) take other files than transformers, the
+folder is refused; nothing is guessed. Pickles are never opened.
 """
 
 from __future__ import annotations
