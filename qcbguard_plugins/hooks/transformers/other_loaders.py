@@ -1,7 +1,7 @@
 """Loaders that make bitsandbytes layers themselves: stopped where a block promises that every load is guarded.
 
-accelerate's ``load_and_quantize_model`` and diffusers build ``Linear4bit`` and ``Linear8bitLt`` without the quantizers of
-transformers, so no guard stands in front of them. What all such loaders have in common is the layers' constructors.
+accelerate's ``load_and_quantize_model`` and diffusers build ``Linear4bit`` and ``Linear8bitLt`` without the quantizers
+of transformers, so no guard stands in front of them. What all such loaders have in common is the layers' constructors.
 """
 
 from __future__ import annotations
