@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from qcbguard_plugins.checkpoint.hub import display_name, local_model
 from qcbguard_plugins.checkpoint.loaded_files import passed_over, remote_model_classes
 from qcbguard_plugins.checkpoint.reader import Checkpoint, open_checkpoint, read_header
 from qcbguard_plugins.checkpoint.weight_source import SourceTensor, WeightSource, is_target, may_be_target
@@ -22,13 +23,14 @@ def open_weights(path: Path | str) -> WeightSource:
     """Open a model for reading.
 
     Args:
-        path: A folder with ``config.json`` and safetensors files, a ``.safetensors`` file, or a ``.gguf`` file.
+        path: A folder with ``config.json`` and safetensors files, a ``.safetensors`` file, a ``.gguf`` file, or the name
+            of a model on the hub.
 
     Raises:
         UsageError: Nothing is there, or it is none of these.
         CheckpointError: It cannot be read safely, or holds no matrix that a quantizer would round.
     """
-    path = Path(path)
+    path = local_model(path)
     if path.is_dir():
         source = replace(_from_safetensors(open_checkpoint(path)), passed_over=passed_over(path))
     elif not path.is_file():
@@ -59,7 +61,7 @@ def _from_safetensors(checkpoint: Checkpoint, name: str = "") -> WeightSource:
         for entry in entries
     ]
     return WeightSource(
-        name=name or checkpoint.path.resolve().name,
+        name=name or display_name(checkpoint.path),
         path=checkpoint.path,
         kind="safetensors",
         targets=tuple(targets),
