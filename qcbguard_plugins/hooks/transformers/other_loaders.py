@@ -43,7 +43,7 @@ def _for_transformers_only(kind: str, constructor: Callable[..., None]) -> Calla
     def checked(self: Any, *arguments: Any, **keywords: Any) -> None:
         # Two blocks, one in the other, wrap each other.
         frame = sys._getframe(1)
-        while frame.f_code is checked.__code__ and frame.f_back is not None:
+        while frame.f_globals.get("__name__") == __name__ and frame.f_back is not None:
             frame = frame.f_back
         caller = str(frame.f_globals.get("__name__", ""))
         if not caller.startswith(_GUARDED_CALLER):
