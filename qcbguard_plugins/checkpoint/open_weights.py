@@ -23,8 +23,8 @@ def open_weights(path: Path | str) -> WeightSource:
     """Open a model for reading.
 
     Args:
-        path: A folder with ``config.json`` and safetensors files, a ``.safetensors`` file, a ``.gguf`` file, or the name
-            of a model on the hub.
+        path: A folder with ``config.json`` and safetensors files, a ``.safetensors`` file, a ``.gguf`` file, or the
+            name of a model on the hub.
 
     Raises:
         UsageError: Nothing is there, or it is none of these.

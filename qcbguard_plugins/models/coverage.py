@@ -32,7 +32,7 @@ _SMALLEST_SIZE = 2048
 
 
 def uncovered_tensors(
-    skeleton: PreTrainedModel, checkpoint: Checkpoint, covered: Collection[str]
+    skeleton: PreTrainedModel, checkpoint: Checkpoint, covered: Collection[str] = ()
 ) -> tuple[UncoveredTensor, ...]:
     """The tensors of a checkpoint that another quantizer would take and that are not guarded.
 

@@ -12,7 +12,7 @@ from qcbguard_plugins.checkpoint.open_weights import open_weights
 from qcbguard_plugins.detection.weights.scan import scan_model
 from qcbguard_plugins.errors import CheckpointError
 from qcbguard_plugins.pipeline.gguf_plan import make_gguf_plan
-from qcbguard_plugins.pipeline.verify_gguf import verify_gguf
+from qcbguard_plugins.pipeline.verify import verify
 from tests.helpers.detection_models import attacked_folder, random_weight
 
 
@@ -138,4 +138,4 @@ def test_one_part_is_neither_guarded_nor_verified(parts: list[Path], tmp_path: P
         make_gguf_plan(parts[0], "Q4_0")
     quantized = write_part(tmp_path / "q-00001-of-00002.gguf", [name_of(0)], (0, 2), quantized=True)
     with pytest.raises(CheckpointError, match="one part of 2"):
-        verify_gguf(quantized)
+        verify(quantized)
