@@ -56,7 +56,7 @@ def test_a_file_that_was_added(name: str, guarded: Path, capsys: pytest.CaptureF
     [
         ("transformers_weights", "other.safetensors"),
         ("auto_map", {"AutoModelForCausalLM": "modeling.Own"}),
-        ("quantization_config", {"quant_method": "gptq"}),
+        ("quantization_config", {"quant_method": "awq"}),
         ("dtype", "bfloat16"),
         ("tie_word_embeddings", True),
     ],
