@@ -10,6 +10,8 @@ from pydantic import Field, ValidationError, model_validator
 
 from qcbguard_plugins._util.dtypes import dtype_name
 from qcbguard_plugins._util.records import Record, Report
+from qcbguard_plugins.checkpoint.folder_record import FolderRecord
+from qcbguard_plugins.checkpoint.uncovered import UncoveredTensor
 from qcbguard_plugins.errors import CheckpointError
 from qcbguard_plugins.rounding.digests import combined_digest
 
@@ -96,7 +98,10 @@ class GuardReport(Report):
         calibration: Where calibration text came from; ``None`` for a method that needs none.
         tensors: What was guarded.
         unguarded: Names of targets that were left as they are.
+        uncovered: Tensors that this quantizer leaves alone and another of the format would take, unguarded.
         files: The weight files before and after.
+        folder: What else the guarded folder held when it was made; ``None`` for what is no folder, and in older
+            manifests.
         left_out: Files of the source with weights in other forms, which were not carried along.
         toolchain: What the plan depends on besides: facts of the backends.
         purification: What is known of a purification before it.
@@ -113,7 +118,9 @@ class GuardReport(Report):
     calibration: dict[str, Any] | None
     tensors: tuple[TensorRecord, ...]
     unguarded: tuple[str, ...] = ()
+    uncovered: tuple[UncoveredTensor, ...] = ()
     files: tuple[FileRecord, ...] = ()
+    folder: FolderRecord | None = None
     left_out: tuple[str, ...] = ()
     toolchain: dict[str, str] = Field(default_factory=dict)
     purification: PurificationNote | None = None
@@ -135,7 +142,13 @@ class GuardReport(Report):
 
     @property
     def coverage(self) -> str:
-        return f"{len(self.tensors)} of {self.num_targets} target tensors guarded"
+        others = f", {len(self.uncovered)} other tensors not covered" if self.uncovered else ""
+        return f"{len(self.tensors)} of {self.num_targets} target tensors guarded{others}"
+
+    @property
+    def is_complete(self) -> bool:
+        """True where nothing that a quantizer of the format would take was left as it is."""
+        return not self.unguarded and not self.uncovered
 
     @property
     def share_moved(self) -> float:
@@ -206,8 +219,10 @@ class VerifyReport(Report):
         folder: Name of the folder or file.
         formats: The formats that were compared.
         tensors: A verdict for each tensor.
-        changed_files: Weight files that are not as the guard wrote them.
+        changed_files: Files that are not as the guard wrote them, that are missing, or that were added.
         unguarded: Names of targets that the guard left as they are.
+        uncovered: Tensors that the guard left alone and another quantizer of the format would take.
+        folder_problems: What has changed in the folder that decides what is loaded, a line each.
     """
 
     schema_version: Literal[2] = 2
@@ -217,6 +232,8 @@ class VerifyReport(Report):
     tensors: tuple[TensorVerdict, ...]
     changed_files: tuple[str, ...]
     unguarded: tuple[str, ...]
+    uncovered: tuple[UncoveredTensor, ...] = ()
+    folder_problems: tuple[str, ...] = ()
 
     @property
     def num_tensors_as_planned(self) -> int:
@@ -230,7 +247,12 @@ class VerifyReport(Report):
 
     @property
     def clean(self) -> bool:
-        return self.num_tensors_as_planned == len(self.tensors) and not self.changed_files
+        return self.num_tensors_as_planned == len(self.tensors) and not self.changed_files and not self.folder_problems
+
+    @property
+    def is_complete(self) -> bool:
+        """True where the guard left nothing as it is that a quantizer of the format would take."""
+        return not self.unguarded and not self.uncovered
 
 
 def read_manifest(folder: Path) -> GuardReport:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from qcbguard_plugins.checkpoint.hub import display_name, local_model
+from qcbguard_plugins.checkpoint.loaded_files import passed_over, remote_model_classes
 from qcbguard_plugins.checkpoint.reader import Checkpoint, open_checkpoint, read_header
-from qcbguard_plugins.checkpoint.weight_source import SourceTensor, WeightSource, is_target
+from qcbguard_plugins.checkpoint.weight_source import SourceTensor, WeightSource, is_target, may_be_target
 from qcbguard_plugins.errors import CheckpointError, UsageError
 
 # Layer kinds that GPT-2's family keeps as [in_features, out_features]. GPT-BigCode has the same names the usual way
@@ -20,15 +23,16 @@ def open_weights(path: Path | str) -> WeightSource:
     """Open a model for reading.
 
     Args:
-        path: A folder with ``config.json`` and safetensors files, a ``.safetensors`` file, or a ``.gguf`` file.
+        path: A folder with ``config.json`` and safetensors files, a ``.safetensors`` file, a ``.gguf`` file, or the
+            name of a model on the hub.
 
     Raises:
         UsageError: Nothing is there, or it is none of these.
         CheckpointError: It cannot be read safely, or holds no matrix that a quantizer would round.
     """
-    path = Path(path)
+    path = local_model(path)
     if path.is_dir():
-        source = _from_safetensors(open_checkpoint(path))
+        source = replace(_from_safetensors(open_checkpoint(path)), passed_over=passed_over(path))
     elif not path.is_file():
         raise UsageError(f"{path} does not exist", remedy="Give a folder, a .safetensors file or a .gguf file.")
     elif path.suffix == ".safetensors":
@@ -50,13 +54,14 @@ def open_weights(path: Path | str) -> WeightSource:
 
 def _from_safetensors(checkpoint: Checkpoint, name: str = "") -> WeightSource:
     conv1d = _stores_conv1d(checkpoint)
-    entries = [entry for entry in checkpoint.tensors.values() if is_target(entry.key, entry.shape)]
+    wanted = may_be_target if remote_model_classes(checkpoint.config) else is_target
+    entries = [entry for entry in checkpoint.tensors.values() if wanted(entry.key, entry.shape)]
     targets = [
         SourceTensor(entry.key, entry.shape, entry.dtype, conv1d and bool(_CONV1D.search(entry.key)))
         for entry in entries
     ]
     return WeightSource(
-        name=name or checkpoint.path.resolve().name,
+        name=name or display_name(checkpoint.path),
         path=checkpoint.path,
         kind="safetensors",
         targets=tuple(targets),

@@ -1,7 +1,7 @@
 """Find out what a checkpoint folder holds, from its headers alone.
 
-Errors, never warnings: a missing or malformed file, an index that disagrees with its shards or points outside the
-folder, a folder with nothing but pickles, and a checkpoint that is quantized already.
+Errors, never warnings: a missing or malformed file, an index that disagrees with its shards, and all that
+:mod:`~qcbguard_plugins.checkpoint.loaded_files` refuses.
 """
 
 from __future__ import annotations
@@ -15,21 +15,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from qcbguard_plugins.checkpoint.loaded_files import INDEX_FILE, WEIGHT_SUFFIXES, loaded_files
 from qcbguard_plugins.errors import CheckpointError
-
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-CONFIG_FILE = "config.json"
 
 # The format's own limit on a header.
 _MAX_HEADER_BYTES = 100_000_000
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-# Files that hold weights in some other form. A guarded folder must not carry unguarded copies.
-_WEIGHT_SUFFIXES = {
-    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".ggml", ".onnx", ".onnx_data", ".pkl",
-    ".pickle", ".npz", ".npy", ".tflite", ".mlmodel", ".ot", ".nemo",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -101,7 +92,7 @@ class Checkpoint:
                 continue
             if relative.name in self.shards and relative.parent == Path():
                 continue
-            (weights if file.suffix.lower() in _WEIGHT_SUFFIXES else carried).append(relative)
+            (weights if file.suffix.lower() in WEIGHT_SUFFIXES else carried).append(relative)
         return carried, weights
 
 
@@ -112,21 +103,24 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
         CheckpointError: The folder cannot be read as one; the message says why and what to do.
     """
     path = Path(path)
-    if not path.is_dir():
-        raise CheckpointError(
-            f"{path} is not a folder",
-            remedy="Give the folder with config.json and the safetensors files; download a hub model first.",
-        )
-    config = _read_json(path / CONFIG_FILE)
-    if "quantization_config" in config:
-        method = config["quantization_config"]
-        method = method.get("quant_method", "unknown") if isinstance(method, dict) else "unknown"
-        raise CheckpointError(
-            f"{path.name} is quantized already (quant_method {method})",
-            remedy="Guard the full-precision checkpoint: what an attacker hid is in the codes of this one.",
-        )
-    shard_of = _shard_of_each_tensor(path)
-    shards = tuple(sorted(set(shard_of.values())))
+    files = loaded_files(path)
+    return open_files(path, files.config, files.shards, files.shard_of)
+
+
+def open_files(
+    path: Path, config: dict[str, Any], shards: tuple[str, ...], shard_of: dict[str, str] | None = None
+) -> Checkpoint:
+    """Open named safetensors files of a folder.
+
+    Args:
+        path: The folder.
+        config: Its configuration.
+        shards: File names.
+        shard_of: Where the index has each tensor, to be compared with where it is.
+
+    Raises:
+        CheckpointError: A file is malformed, or the index disagrees with its shards.
+    """
     entries = [entry for shard in shards for entry in read_header(path / shard)]
     _compare_with_index(shard_of, entries)
     return Checkpoint(path, config, shards, {entry.key: entry for entry in entries})
@@ -163,60 +157,19 @@ def read_header(shard: Path) -> list[TensorEntry]:
     return sorted(entries, key=lambda entry: entry.begin)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise CheckpointError(f"{path.parent} has no {path.name}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path.name} is not readable JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path.name} does not hold a JSON object")
-    return content
-
-
-def _shard_of_each_tensor(path: Path) -> dict[str, str]:
-    if not (path / INDEX_FILE).is_file():
-        if not (path / SINGLE_FILE).is_file():
-            pickles = sorted(file.name for file in path.glob("*.bin"))
-            raise CheckpointError(
-                f"{path} holds neither {SINGLE_FILE} nor {INDEX_FILE}",
-                details=[f"{name}  a pickle, which is never opened" for name in pickles],
-                remedy="Convert the model to safetensors first." if pickles else "",
-            )
-        return {entry.key: SINGLE_FILE for entry in read_header(path / SINGLE_FILE)}
-    weight_map = _read_json(path / INDEX_FILE).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{INDEX_FILE} has no weight_map")
-    for key, shard in weight_map.items():
-        if (
-            not isinstance(shard, str)
-            or not shard.endswith(".safetensors")
-            or Path(shard).name != shard
-            or "\\" in shard
-        ):
-            raise CheckpointError(
-                f"{INDEX_FILE} places {key} in {shard!r}, which is not a safetensors file of the folder"
-            )
-    missing = sorted({shard for shard in weight_map.values() if not (path / shard).is_file()})
-    if missing:
-        raise CheckpointError(f"{len(missing)} shards of {INDEX_FILE} are missing", details=missing)
-    return weight_map
-
-
-def _compare_with_index(shard_of: dict[str, str], entries: list[TensorEntry]) -> None:
+def _compare_with_index(shard_of: dict[str, str] | None, entries: list[TensorEntry]) -> None:
     found: dict[str, str] = {}
     problems = []
     for entry in entries:
         if entry.key in found:
             problems.append(f"{entry.key}  stored twice, in {found[entry.key]} and {entry.shard}")
-        elif entry.key not in shard_of:
+        elif shard_of is not None and entry.key not in shard_of:
             problems.append(f"{entry.key}  stored in {entry.shard} and not listed")
-        elif shard_of[entry.key] != entry.shard:
+        elif shard_of is not None and shard_of[entry.key] != entry.shard:
             problems.append(f"{entry.key}  listed in {shard_of[entry.key]} and stored in {entry.shard}")
         found[entry.key] = entry.shard
     problems += [
-        f"{key}  listed in {shard} and not stored there" for key, shard in shard_of.items() if key not in found
+        f"{key}  listed in {shard} and not stored there" for key, shard in (shard_of or {}).items() if key not in found
     ]
     if problems:
         raise CheckpointError(f"{INDEX_FILE} disagrees with its shards about {len(problems)} tensors", details=problems)

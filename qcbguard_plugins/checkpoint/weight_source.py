@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qcbguard_plugins.checkpoint.loaded_files import PassedOver
+
 # Matrices that no stock quantizer rounds, or that GGUF rounds on a grid of its own kind: embeddings, output layers,
 # routers.
 _NOT_A_TARGET = re.compile(
@@ -88,6 +90,7 @@ class WeightSource:
         targets: Matrices that a stock quantizer would round, in the order of the file.
         num_others: Number of tensors that it would leave alone.
         largest_bytes: Size of the largest target in the file.
+        passed_over: Other weight files of the folder, which a load takes only where it is told to.
     """
 
     name: str
@@ -97,6 +100,7 @@ class WeightSource:
     num_others: int
     largest_bytes: int
     _read: Callable[[str], Tensor]
+    passed_over: tuple[PassedOver, ...] = ()
 
     def read(self, target: SourceTensor) -> Tensor:
         """Read one target as ``[out_features, in_features]``."""
@@ -110,3 +114,8 @@ def is_target(name: str, shape: tuple[int, ...]) -> bool:
     """Whether a stock quantizer would round a tensor of this name and shape."""
     is_matrix = len(shape) == 2 or (len(shape) == 3 and "expert" in name) or (len(shape) == 3 and "_exps" in name)
     return is_matrix and 0 not in shape and bool(_TARGET.search(name)) and not _NOT_A_TARGET.search(name)
+
+
+def may_be_target(name: str, shape: tuple[int, ...]) -> bool:
+    """The same where the model's class is code of its own, which may give a matrix any name."""
+    return len(shape) in (2, 3) and 0 not in shape and not _NOT_A_TARGET.search(name)

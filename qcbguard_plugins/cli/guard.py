@@ -94,4 +94,4 @@ def command(
     if group.rank > 0:
         return 0  # the first process has the report, and the exit code
     print_report(result, render_guard(result), json_target)
-    return UnguardableError.exit_code if result.unguarded else 0
+    return 0 if result.is_complete else UnguardableError.exit_code

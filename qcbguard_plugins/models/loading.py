@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qcbguard_plugins.checkpoint.loaded_files import loaded_files
 from qcbguard_plugins.errors import CheckpointError
 from qcbguard_plugins.models.skeleton import load_config, model_class, require_transformers
 
@@ -26,8 +27,9 @@ def load_full_precision(model_dir: Path, dtype: torch.dtype) -> PreTrainedModel:
     """The model with its weights.
 
     Raises:
-        CheckpointError: transformers cannot load it.
+        CheckpointError: The folder does not say clearly which weights will be loaded, or transformers cannot load it.
     """
+    loaded_files(model_dir)
     cls = model_class(load_config(model_dir))
     try:
         model: PreTrainedModel = cls.from_pretrained(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -144,31 +144,35 @@ def parameter_keys(skeleton: PreTrainedModel, keys: Iterable[str]) -> dict[str, 
 
     Only tensors that become one parameter unchanged are mapped, and not those that transformers merges or splits.
     """
+    return {name: key for key, (name, is_whole) in loaded_names(skeleton, keys).items() if is_whole}
+
+
+def loaded_names(skeleton: PreTrainedModel, keys: Iterable[str]) -> dict[str, tuple[str, bool]]:
+    """The parameter that transformers would load each tensor of a checkpoint into, whether there is one or not.
+
+    Returns:
+        By name in the checkpoint: the parameter's name, and true where the tensor becomes that parameter unchanged.
+    """
+    parameters = skeleton.state_dict()
     if require_transformers().__version__.startswith("4."):
-        return _unconverted_keys(skeleton, keys)
+        return {key: _unconverted_name(key, skeleton.base_model_prefix, parameters) for key in keys}
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, rename_source_key
 
     transforms = get_model_conversion_mapping(skeleton)
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     renamings = [t for t in transforms if not isinstance(t, WeightConverter)]
-    parameters = skeleton.state_dict()
-    mapping = {}
+    names = {}
     for key in keys:
         name, merged = rename_source_key(key, renamings, converters, skeleton.base_model_prefix, parameters)
-        if merged is None:
-            mapping[name] = key
-    return mapping
+        names[key] = (name, merged is None)
+    return names
 
 
-def _unconverted_keys(skeleton: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
+def _unconverted_name(key: str, base_model_prefix: str, parameters: Mapping[str, Any]) -> tuple[str, bool]:
     """The same for transformers 4, which loads tensors under their own names, with or without the model's prefix."""
-    parameters = skeleton.state_dict()
-    prefix = f"{skeleton.base_model_prefix}."
-    mapping = {}
-    for key in keys:
-        for name in (key, prefix + key, key.removeprefix(prefix)):
-            if name in parameters:
-                mapping[name] = key
-                break
-    return mapping
+    prefix = f"{base_model_prefix}."
+    for name in (key, prefix + key, key.removeprefix(prefix)):
+        if name in parameters:
+            return name, True
+    return key, False

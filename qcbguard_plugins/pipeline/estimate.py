@@ -12,6 +12,7 @@ import torch
 from qcbguard_plugins._util.dtypes import dtype_name
 from qcbguard_plugins._util.records import Record, Report
 from qcbguard_plugins.backends.formats import versions
+from qcbguard_plugins.checkpoint.uncovered import UncoveredTensor
 from qcbguard_plugins.defenses import Defense, Stochastic
 from qcbguard_plugins.grids import Grid
 from qcbguard_plugins.pipeline.budget import MemoryPlan
@@ -53,6 +54,7 @@ class PlanReport(Report):
         streamed: Whether the model is read block by block.
         estimated_s: Seconds that the run takes.
         types_from: Where the types of a GGUF recipe come from.
+        uncovered: Tensors that the quantizer leaves alone and another of the format would take.
     """
 
     schema_version: Literal[2] = 2
@@ -65,6 +67,7 @@ class PlanReport(Report):
     streamed: bool = False
     estimated_s: float
     types_from: str = ""
+    uncovered: tuple[UncoveredTensor, ...] = ()
 
     @property
     def num_guarded(self) -> int:
@@ -105,6 +108,7 @@ def describe_plan(plan: Plan, guard: Guard, memory: Callable[[], MemoryPlan]) ->
         streamed=planned.streamed,
         estimated_s=seconds(plan, guard),
         types_from=plan.facts.get("types_from", ""),
+        uncovered=plan.uncovered,
     )
 
 

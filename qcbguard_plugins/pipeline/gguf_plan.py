@@ -12,6 +12,7 @@ from qcbguard_plugins.backends.ggml.dry_run import dry_run_types
 from qcbguard_plugins.backends.ggml.imatrix import Imatrix, read_imatrix
 from qcbguard_plugins.backends.ggml.options import GgufOptions
 from qcbguard_plugins.backends.ggml.recipes import ModelShape, predict_types, resolve_recipe
+from qcbguard_plugins.checkpoint.gguf_parts import require_whole
 from qcbguard_plugins.checkpoint.gguf_reader import GgufFile, GgufTensor, open_gguf
 from qcbguard_plugins.errors import CheckpointError, UnguardableError, UsageError
 from qcbguard_plugins.grids.ggml_blocks import BLOCK_TYPES
@@ -112,11 +113,7 @@ def require_full_precision(file: GgufFile) -> None:
             details=quantized[:3],
             remedy="Guard the F32, F16 or BF16 file that it was made from: what was hidden is in these codes already.",
         )
-    if file.metadata.get("split.count", 1) > 1:
-        raise CheckpointError(
-            f"{file.path.name} is one part of {file.metadata['split.count']}",
-            remedy="Merge them first: llama-gguf-split --merge FIRST_PART.gguf WHOLE.gguf",
-        )
+    require_whole(file)
 
 
 def types_of(file: GgufFile, recipe: str, options: GgufOptions) -> tuple[dict[str, str], str]:

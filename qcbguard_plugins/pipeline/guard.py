@@ -13,7 +13,8 @@ from qcbguard_plugins._util.progress import Progress
 from qcbguard_plugins.backends.base import Backend
 from qcbguard_plugins.backends.formats import versions
 from qcbguard_plugins.checkpoint import resumable_folder
-from qcbguard_plugins.checkpoint.manifest import GuardReport, TensorRecord, TensorVerdict, write_manifest
+from qcbguard_plugins.checkpoint.folder_record import record_folder
+from qcbguard_plugins.checkpoint.manifest import MANIFEST_FILE, GuardReport, TensorRecord, TensorVerdict, write_manifest
 from qcbguard_plugins.checkpoint.purification_note import note_purification
 from qcbguard_plugins.checkpoint.staging import Staging
 from qcbguard_plugins.defenses import Defense
@@ -50,7 +51,8 @@ def guard_checkpoint(
     quantizer will read differ, and a manifest says how. It appears whole or not at all.
 
     Args:
-        src: Folder with ``config.json`` and safetensors files of float32, float16 or bfloat16 weights.
+        src: Folder with ``config.json`` and safetensors files of float32, float16 or bfloat16 weights, or the name of
+            such a model on the hub.
         dst: Folder to make; it must not exist.
         formats: The formats to guard for: ``nf4``, ``fp4``, ``int8``, 4-bit with a block size as in ``nf4-b128``, or a
             GGUF recipe as ``gguf:Q4_K_M``. With several the folder serves each of them, or the error says which tensors
@@ -113,8 +115,12 @@ def guard_planned(
                 verdicts.append(done.verdict or verify_tensor(made, target, done.record, sampled=True))
         require_as_planned(group.gather(verdicts))
         files = hash_files(plan.checkpoint, staging.folder, group)
+        recorded_elsewhere = frozenset({*plan.checkpoint.shards, MANIFEST_FILE})
+        folder = group.broadcast(
+            record_folder(staging.folder, except_for=recorded_elsewhere) if group.rank == 0 else None
+        )
         report = report_of(
-            plan, guard, group.gather(records), started, files=files, left_out=left_out,
+            plan, guard, group.gather(records), started, files=files, left_out=left_out, folder=folder,
             purification=note_purification(plan.checkpoint.path, files),
         )  # fmt: skip
         if group.rank == 0:

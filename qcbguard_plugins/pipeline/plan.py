@@ -13,7 +13,10 @@ from qcbguard_plugins._util.dtypes import DTYPES
 from qcbguard_plugins.backends.base import Backend, Selection
 from qcbguard_plugins.backends.formats import backend_of
 from qcbguard_plugins.checkpoint import Checkpoint, TensorEntry, open_checkpoint
+from qcbguard_plugins.checkpoint.hub import display_name, local_model
+from qcbguard_plugins.checkpoint.uncovered import UncoveredTensor
 from qcbguard_plugins.errors import CheckpointError, UnguardableError, UsageError
+from qcbguard_plugins.models.coverage import uncovered_tensors
 from qcbguard_plugins.models.skeleton import build_skeleton, load_config, parameter_keys
 from qcbguard_plugins.models.target import Target
 from qcbguard_plugins.pipeline.ignore import matching
@@ -33,6 +36,7 @@ class Plan:
         ignored: Names of targets that the user leaves unguarded.
         backends: Backends with settings of the user's, for formats whose defaults will not do.
         facts: What the plan depends on besides the source, for the record.
+        uncovered: Tensors that these quantizers leave alone and another of the format would take.
     """
 
     source: str
@@ -41,6 +45,7 @@ class Plan:
     ignored: tuple[str, ...] = ()
     backends: tuple[Backend, ...] = ()
     facts: dict[str, str] = field(default_factory=dict)
+    uncovered: tuple[UncoveredTensor, ...] = ()
 
     @property
     def num_weights(self) -> int:
@@ -90,7 +95,7 @@ def make_plan(
     """List every tensor of a folder that the stock quantizers will read, and how each will be guarded.
 
     Args:
-        source: Folder of a full-precision checkpoint.
+        source: Folder of a full-precision checkpoint, or its name on the hub.
         formats: Such as ``nf4``, ``int8``, ``gptq-w4g128`` or ``gguf:Q4_K_M``, one or several.
         ignore: Patterns of parameter names to leave unguarded: globs, or regular expressions after ``re:``.
         backends: Backends with settings of the user's, such as ``Ggml(GgufOptions(outtype="f16"))``.
@@ -103,13 +108,14 @@ def make_plan(
     formats, backends = as_formats(formats), tuple(backends)
     for name in formats:
         backend_of(name, backends).representative_grid(name)
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_checkpoint(local_model(source))
     config = load_config(checkpoint.path)
     _require_stored_layers(config, checkpoint)
     skeleton = build_skeleton(config)
     keys = parameter_keys(skeleton, checkpoint.tensors)
+    uncovered = uncovered_tensors(skeleton, checkpoint)
     selection = select_targets(skeleton, formats, backends)
-    name = checkpoint.path.resolve().name
+    name = display_name(checkpoint.path)
     if not selection.targets:
         raise UnguardableError(f"{name} has no layer that {', '.join(formats)} quantizes")
     ignored = matching(list(selection.targets), ignore)
@@ -130,8 +136,16 @@ def make_plan(
             details=problems,
             remedy="Leave them out with --ignore; they will be listed as unguarded and the run will exit 3.",
         )
+    covered = {keys[name] for name in selection.targets if name in keys}
     return FolderPlan(
-        name, formats, tuple(targets), tuple(sorted(ignored)), backends, selection.facts, checkpoint=checkpoint
+        name,
+        formats,
+        tuple(targets),
+        tuple(sorted(ignored)),
+        backends,
+        selection.facts,
+        tuple(tensor for tensor in uncovered if tensor.key not in covered),
+        checkpoint=checkpoint,
     )
 
 

@@ -18,7 +18,16 @@ from qcbguard_plugins._util.progress import Progress
 from qcbguard_plugins.backends.base import StoredCodes
 from qcbguard_plugins.backends.formats import BACKENDS, backend_of, versions
 from qcbguard_plugins.checkpoint import Checkpoint, TensorEntry, hash_file, open_checkpoint
-from qcbguard_plugins.checkpoint.manifest import GuardReport, TensorRecord, TensorVerdict, VerifyReport, read_manifest
+from qcbguard_plugins.checkpoint.folder_record import compare_folder
+from qcbguard_plugins.checkpoint.manifest import (
+    MANIFEST_FILE,
+    GuardReport,
+    TensorRecord,
+    TensorVerdict,
+    VerifyReport,
+    read_manifest,
+)
+from qcbguard_plugins.checkpoint.reader import open_files
 from qcbguard_plugins.errors import CheckpointError, UsageError, VerificationError
 from qcbguard_plugins.models.target import Target
 from qcbguard_plugins.pipeline.guard_target import verify_target
@@ -92,13 +101,25 @@ def _open_folder(folder: Path) -> Verification:
             "the plan uses an importance matrix, so the folder alone cannot be verified",
             remedy=f"Convert and quantize it, then: qcbguard verify QUANTIZED.gguf --plan {folder}",
         )
-    return Verification(report, partial(_verify_folder, open_checkpoint(folder), report))
+    if report.folder is None:
+        return Verification(report, partial(_verify_folder, open_checkpoint(folder), report))
+    # What was added is a finding: the recorded files are compared whatever else there is.
+    shards = tuple(file.name for file in report.files)
+    missing = [name for name in shards if Path(name).name != name or not (folder / name).is_file()]
+    if missing:
+        raise CheckpointError(f"{len(missing)} weight files of {MANIFEST_FILE} are missing", details=missing)
+    return Verification(report, partial(_verify_folder, open_files(folder, {}, shards), report))
 
 
 def _verify_folder(checkpoint: Checkpoint, report: GuardReport, progress: Progress | None) -> VerifyReport:
     recorded = {file.name: file.sha256_out for file in report.files}
-    changed = [name for name in checkpoint.shards if recorded.get(name) != hash_file(checkpoint.path / name)]
-    changed += sorted(set(recorded) - set(checkpoint.shards))
+    problems: list[str] = []
+    if report.folder is None:  # an older manifest, which names weight files alone
+        changed = [name for name in checkpoint.shards if recorded.get(name) != hash_file(checkpoint.path / name)]
+        changed += sorted(set(recorded) - set(checkpoint.shards))
+    else:
+        problems = compare_folder(checkpoint.path, report.folder, recorded, own=frozenset({MANIFEST_FILE}))
+        changed = list(dict.fromkeys(problem.split("  ")[0] for problem in problems))
     verdicts = []
     for record in report.tensors:
         verdicts.append(verify_tensor(checkpoint, target_of_record(record, report), record))
@@ -111,6 +132,8 @@ def _verify_folder(checkpoint: Checkpoint, report: GuardReport, progress: Progre
         tensors=tuple(verdicts),
         changed_files=tuple(changed),
         unguarded=report.unguarded,
+        uncovered=report.uncovered,
+        folder_problems=tuple(problems),
     )
 
 

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from qcbguard_plugins.checkpoint.open_weights import open_weights
 from qcbguard_plugins.checkpoint.weight_source import is_target
+from qcbguard_plugins.cli.render.advice import headline
+from qcbguard_plugins.cli.render.sarif import to_sarif
+from qcbguard_plugins.cli.render.scan_html import render_html
+from qcbguard_plugins.cli.render.scan_text import render_scan
 from qcbguard_plugins.detection.weights.scan import scan_model
 from qcbguard_plugins.errors import CheckpointError, UsageError
 from qcbguard_plugins.pipeline.plan import make_plan
@@ -120,3 +127,33 @@ def test_what_is_no_model(tmp_path: Path) -> None:
     save_file({"model.norm.weight": torch.ones(8)}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="no matrix"):
         open_weights(tmp_path / "model.safetensors")
+
+
+def test_matrices_of_a_remote_class_are_scanned_whatever_their_names(folder: Path) -> None:
+    """A built-in model type does not help: with trust_remote_code the class of auto_map reads the checkpoint."""
+    path = folder / "model.safetensors"
+    save_file({**load_file(path), "side.table": random_weight(3, 64, 96)}, path)
+    assert "side.table" not in {target.name for target in open_weights(folder).targets}
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling.Side"}
+    (folder / "config.json").write_text(json.dumps(config))
+    targets = {target.name: target.matrix_shape for target in open_weights(folder).targets}
+    assert targets["side.table"] == (64, 96) and "model.embed_tokens.weight" not in targets
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.safetensors", "sub/model.safetensors"])
+def test_other_weight_files_are_named_and_make_a_scan_incomplete(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "clean"
+    folder.mkdir()
+    save_file({f"layers.{i}.up_proj.weight": random_weight(i) for i in range(4)}, folder / "model.safetensors")
+    (folder / "config.json").write_text("{}")
+    assert scan_model(folder, seed=1).verdict == "clean"
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_bytes(b"not even opened")
+    report = scan_model(folder, seed=1)
+    assert report.verdict == "incomplete" and report.exit_code == 3
+    assert [file.name for file in report.untested_files] == [name]
+    assert "1 other weight files of the folder were not tested" in headline(report)
+    text = io.StringIO()
+    Console(file=text, width=120).print(render_scan(report))
+    assert name in text.getvalue() and name in json.dumps(to_sarif(report)) and name in render_html(report)

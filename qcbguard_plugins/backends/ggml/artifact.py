@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from qcbguard_plugins.backends.base import StoredCodes
+from qcbguard_plugins.checkpoint.gguf_parts import require_whole
 from qcbguard_plugins.checkpoint.gguf_reader import GgufFile, GgufTensor, open_gguf
 from qcbguard_plugins.checkpoint.manifest import GuardReport, TensorRecord, TensorVerdict, read_manifest, read_report
 from qcbguard_plugins.checkpoint.provenance import GGUF_PROVENANCE_KEY
@@ -26,9 +27,10 @@ class QuantizedGguf(StoredCodes):
         """Open a file.
 
         Raises:
-            CheckpointError: It cannot be read, or is not quantized.
+            CheckpointError: It cannot be read, is not quantized, or is one part of several.
         """
         self.path, self._file = path, open_gguf(path)
+        require_whole(self._file)
         if not any(tensor.is_quantized for tensor in self._file.tensors.values()):
             raise CheckpointError(
                 f"{path.name} is not quantized", remedy="Give the file that llama-quantize wrote from it."

@@ -15,8 +15,8 @@ from qcbguard_plugins.backends.base import StoredCodes
 from qcbguard_plugins.backends.gptq.packed import PACKED_NAMES, PackedLayer, read_packed
 from qcbguard_plugins.backends.gptq.stock import affine_grid, why_not_as_planned
 from qcbguard_plugins.checkpoint import Checkpoint, open_checkpoint
+from qcbguard_plugins.checkpoint.loaded_files import CONFIG_FILE
 from qcbguard_plugins.checkpoint.manifest import GuardReport, TensorRecord, TensorVerdict, read_manifest
-from qcbguard_plugins.checkpoint.reader import CONFIG_FILE
 from qcbguard_plugins.errors import CheckpointError, UsageError
 from qcbguard_plugins.grids import AffineGrid
 from qcbguard_plugins.rounding.digests import codes_digest

@@ -15,7 +15,12 @@ def headline(report: ScanReport) -> str:
         where = f" for {', '.join(report.likely_formats)}" if report.likely_formats else ""
         return f"Attacked: this model changes its behaviour when it is quantized{where}"
     if report.verdict == "incomplete":
-        return f"Incomplete: {len(report.skipped)} of {report.num_targets} target tensors could not be tested"
+        missing = []
+        if report.skipped or not report.untested_files:
+            missing.append(f"{len(report.skipped)} of {report.num_targets} target tensors could not be tested")
+        if report.untested_files:
+            missing.append(f"{len(report.untested_files)} other weight files of the folder were not tested")
+        return f"Incomplete: {', and '.join(missing)}"
     return "No issues found"
 
 
@@ -47,7 +52,12 @@ def next_steps(report: ScanReport) -> list[tuple[str, str]]:
             ),
         ]
     if report.verdict == "incomplete":
-        return [("Look at the list of tensors that could not be tested, and compare behaviour:", _diff(report, model))]
+        steps = []
+        if report.untested_files:
+            steps.append(("Delete the other weight files, or scan each safetensors file by its own path.", ""))
+        if report.skipped:
+            steps.append(("Look at the list of tensors that could not be tested.", ""))
+        return [*steps, ("Compare behaviour:", _diff(report, model))]
     return [("To be surer, compare behaviour as well:", _diff(report, model))]
 
 

@@ -26,6 +26,7 @@ _RULES = {
         "error",
     ),
     "QCB003": ("NotTested", "A tensor that a stock quantizer would round could not be tested.", "warning"),
+    "QCB004": ("OtherWeights", "Another weight file of the folder was not tested.", "warning"),
 }
 
 
@@ -73,6 +74,9 @@ def _results(report: ScanReport) -> list[dict[str, Any]]:
     results += [
         _result(report, "QCB003", f"{printable(skipped.name)}: {skipped.reason}", [skipped.name])
         for skipped in report.skipped
+    ]
+    results += [
+        _result(report, "QCB004", f"{printable(file.name)}: {file.taken_by}", []) for file in report.untested_files
     ]
     return results
 

@@ -31,6 +31,11 @@ def render_scan(report: ScanReport) -> Group:
         parts += [Text(f"  {printable(s.name)}  {s.reason}") for s in report.skipped[:_MAX_SKIPPED]]
         if len(report.skipped) > _MAX_SKIPPED:
             parts.append(Text(f"  ... and {len(report.skipped) - _MAX_SKIPPED} more, in the report"))
+    if report.untested_files:
+        parts.append(Text("\nOther weight files, not tested"))
+        parts += [Text(f"  {printable(f.name)}  {f.taken_by}") for f in report.untested_files[:_MAX_SKIPPED]]
+        if len(report.untested_files) > _MAX_SKIPPED:
+            parts.append(Text(f"  ... and {len(report.untested_files) - _MAX_SKIPPED} more, in the report"))
     parts.append(Text(""))
     for sentence, command in next_steps(report):
         parts.append(Text(f"{sentence}  {command}".rstrip()))
@@ -47,6 +52,7 @@ def render_markdown(report: ScanReport) -> str:
         "",
         f"- Model: `{name.replace('`', '')}`",
         f"- Coverage: {report.coverage}",
+        *(f"- Not tested: {_escape(printable(f.name))} ({f.taken_by})" for f in report.untested_files),
         f"- Scanned {report.created} with qcbguard-plugins {report.versions.get('qcbguard-plugins', 'unknown')}, "
         f"seed {report.seed}",
         "",

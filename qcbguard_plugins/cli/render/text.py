@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from qcbguard_plugins._util.memory import human_bytes
 from qcbguard_plugins.checkpoint.manifest import GuardReport, VerifyReport
+from qcbguard_plugins.checkpoint.uncovered import UncoveredTensor, describe_uncovered
 from qcbguard_plugins.pipeline.estimate import PlanReport
 
 _MAX_ROWS = 40
@@ -23,6 +26,7 @@ def render_plan(report: PlanReport) -> Group:
         f"{report.num_guarded} of {len(report.tensors)} target tensors will be guarded with {report.method}",
         f"peak memory about {human_bytes(report.peak_bytes)}, time about {human_seconds(report.estimated_s)}",
     ]
+    lines += _not_covered(report.uncovered)
     if report.types_from:
         lines.append(f"types: {report.types_from}")
     if report.streamed:
@@ -42,6 +46,7 @@ def render_guard(report: GuardReport) -> Group:
     if len(ranked) > _MAX_ROWS:
         lines.append(f"... and {len(ranked) - _MAX_ROWS} more tensors, in the report")
     lines += [f"UNGUARDED  {name}" for name in report.unguarded]
+    lines += _not_covered(report.uncovered)
     lines += [f"left out, unguarded weights in another form: {name}" for name in report.left_out]
     lines += [f"guarded without data: {len(names)} tensors, {why}" for why, names in report.data_free.items()]
     if report.purification is not None:
@@ -56,14 +61,24 @@ def render_guard(report: GuardReport) -> Group:
 
 def render_verify(report: VerifyReport) -> Group:
     """What differs from the plan, and the verdict."""
-    lines = [f"CHANGED    {name}" for name in report.changed_files]
+    lines = [f"CHANGED    {problem}" for problem in report.folder_problems or report.changed_files]
     lines += [f"DIFFERS    {tensor.name}  {tensor.reason}" for tensor in report.tensors if not tensor.as_planned]
     lines += [f"UNGUARDED  {name}" for name in report.unguarded]
+    lines += _not_covered(report.uncovered)
     planned = f"{report.num_tensors_as_planned} of {len(report.tensors)} guarded tensors"
     share = "" if report.share_as_planned is None else f", {report.share_as_planned:.2%} of all"
     formats = ", ".join(report.formats)
     lines.append(f"{planned}: the stock {formats} quantizer stores the planned codes{share}")
     return Group(Text("\n".join(lines)))
+
+
+def _not_covered(uncovered: Sequence[UncoveredTensor]) -> list[str]:
+    lines = describe_uncovered(uncovered)
+    return (
+        [*lines, "keep these from every quantizer; experts can be guarded in a GGUF file, with 'qcbguard gguf'"]
+        if lines
+        else []
+    )
 
 
 def human_seconds(seconds: float) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from qcbguard_plugins._util.records import installed_versions, now
 from qcbguard_plugins.backends.formats import get_grid
+from qcbguard_plugins.checkpoint.hub import display_name, local_model
 from qcbguard_plugins.checkpoint.weight_source import is_target
 from qcbguard_plugins.detection.behaviour.generation import Text, complete, log_probabilities
 from qcbguard_plugins.detection.behaviour.prompts import forms_of, gather_prompts
@@ -69,7 +70,8 @@ def diff_model(
     The quantized model is computed from the quantizer's own codes in float32, so that only its weights differ.
 
     Args:
-        model_dir: Folder of a full-precision model with its tokenizer; code of its own is never run.
+        model_dir: Folder of a full-precision model with its tokenizer, or its name on the hub; code of its own is
+            never run.
         format: The format.
         prompts_path: Prompts of the user's, besides the built-in ones.
         num_draws: Number of sign-randomised models, at least 3.
@@ -89,7 +91,7 @@ def diff_model(
     grid = get_grid(format)
     seed = secrets.randbits(63) if seed is None else seed
     prompts = gather_prompts(prompts_path)
-    model_dir = Path(model_dir)
+    model_dir = local_model(model_dir)
     tokenizer = require_tokenizer(
         model_dir, remedy="Put the tokenizer files beside the model; 'qcbguard scan' needs none."
     )
@@ -98,7 +100,7 @@ def diff_model(
     if not layers:
         raise CheckpointError(f"{model_dir.name} has no layer that a stock quantizer rounds")
     comparison = _Comparison(model, tokenizer, layers, grid, seed, progress or (lambda _: None))
-    return comparison.run(prompts, num_draws, start, model_dir.resolve().name, format)
+    return comparison.run(prompts, num_draws, start, display_name(model_dir), format)
 
 
 def rounded_layers(model: Any) -> dict[str, tuple[Tensor, bool]]:

@@ -116,18 +116,31 @@ class SkippedTensor(_Record):
     reason: str
 
 
+class UntestedFile(_Record):
+    """A file beside the tested ones that holds weights too.
+
+    Attributes:
+        name: Its path in the folder.
+        taken_by: What takes it instead of the tested ones.
+    """
+
+    name: str
+    taken_by: str
+
+
 class ScanReport(_Record):
     """What a scan found out.
 
     Attributes:
         verdict: ``attacked``: a finding; ``clean``: every target was tested and none stands out; ``incomplete``:
-            nothing stands out, but not every target could be tested.
+            nothing stands out, but not every target could be tested, or other files of the folder hold weights too.
         p_value: The smallest corrected p-value of all tests.
         likely_formats: Formats that carry a finding, most evident first.
         family: Name of the attack family, or an empty string.
         meaning: What that family is.
         outlier_p: p-value of the outlier test, corrected for tensors, tests and formats.
         seed: Seed of the random rows and neighbouring grids.
+        untested_files: Weight files of the folder that some loaders can be told to take, and that were not tested.
     """
 
     schema_version: Literal[1] = SCAN_SCHEMA_VERSION
@@ -149,6 +162,7 @@ class ScanReport(_Record):
     evidence: tuple[TensorEvidence, ...]
     skipped: tuple[SkippedTensor, ...]
     num_others: int
+    untested_files: tuple[UntestedFile, ...] = ()
     elapsed_s: float = Field(ge=0)
 
     @property

@@ -9,7 +9,14 @@ import torch
 from qcbguard_plugins._util.records import installed_versions, now
 from qcbguard_plugins.detection.weights import residual
 from qcbguard_plugins.detection.weights.combination import Combined, combine
-from qcbguard_plugins.detection.weights.report import FormatEvidence, ScanReport, TensorEvidence, TestEvidence, Verdict
+from qcbguard_plugins.detection.weights.report import (
+    FormatEvidence,
+    ScanReport,
+    TensorEvidence,
+    TestEvidence,
+    UntestedFile,
+    Verdict,
+)
 from qcbguard_plugins.detection.weights.thresholds import (
     ALPHA,
     OUTLIER_INJECTION,
@@ -45,7 +52,8 @@ def judge(source: WeightSource, measured: Measurements, *, seed: int, elapsed_s:
     likely_family = families[attacked[0].format] if attacked else OUTLIER_INJECTION if outliers <= ALPHA else None
     if outliers <= ALPHA:
         likely_family = OUTLIER_INJECTION
-    verdict: Verdict = "attacked" if likely_family else "incomplete" if measured.skipped else "clean"
+    complete = not measured.skipped and not source.passed_over
+    verdict: Verdict = "attacked" if likely_family else "clean" if complete else "incomplete"
     return ScanReport(
         created=now(),
         versions=installed_versions(),
@@ -64,6 +72,7 @@ def judge(source: WeightSource, measured: Measurements, *, seed: int, elapsed_s:
         evidence=tuple(evidence),
         skipped=tuple(measured.skipped),
         num_others=source.num_others,
+        untested_files=tuple(UntestedFile(name=file.name, taken_by=file.taken_by) for file in source.passed_over),
         elapsed_s=elapsed_s,
     )
 

@@ -21,6 +21,7 @@ from qcbguard_plugins.defenses import Defense
 from qcbguard_plugins.hooks.transformers.config import GuardedConfigMixin
 from qcbguard_plugins.hooks.transformers.exact_scales import ExactScales
 from qcbguard_plugins.hooks.transformers.on_the_fly import GuardedHfQuantizerMixin
+from qcbguard_plugins.hooks.transformers.other_loaders import refuse_other_loaders
 from qcbguard_plugins.hooks.transformers.registration import register_quantizer
 from qcbguard_plugins.pipeline.settings import Guard, as_guard
 
@@ -136,10 +137,17 @@ def register() -> None:
 def activate(guard: Guard | Defense | str = "feedback") -> Iterator[None]:
     """Guard every bitsandbytes load in a block of code that passes stock configurations or dicts.
 
+    Loaders that quantize with bitsandbytes and without transformers, such as accelerate's ``load_and_quantize_model``
+    and diffusers, are stopped in the block: nothing in it is loaded unguarded.
+
     Not thread-safe: while the block runs, all threads of the process load guarded.
 
     Args:
         guard: A method's name, a defense, or a :class:`~qcbguard_plugins.pipeline.settings.Guard`.
+
+    Raises:
+        MissingDependencyError: bitsandbytes is not installed.
+        UnguardableError: In the block, from a loader that cannot be guarded.
     """
     register()
     requested = as_guard(guard)
@@ -149,7 +157,8 @@ def activate(guard: Guard | Defense | str = "feedback") -> Iterator[None]:
     for name, quantizer in replaced.items():
         mapping[name] = _with_guard(quantizer, requested)
     try:
-        yield
+        with refuse_other_loaders():
+            yield
     finally:
         mapping.update(before)
 
