@@ -123,7 +123,9 @@ class TestRefusals:
     def test_too_few_codes_land(self) -> None:
         grid = gguf_grid("Q3_K")
         grid.min_as_planned = 1.0
-        with pytest.raises(UnguardableError, match=r"of its codes are stored as chosen on gguf:Q3_K, 100\.00% are wanted"):
+        with pytest.raises(
+            UnguardableError, match=r"of its codes are stored as chosen on gguf:Q3_K, 100\.00% are wanted"
+        ):
             guard_weight(normal(128, 512), grid, get_defense("stochastic"), seed=0, name="w")
 
     def test_a_library_that_is_none(self, tmp_path: Path) -> None:
