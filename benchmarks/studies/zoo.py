@@ -244,7 +244,8 @@ def page(results: Path) -> str:
         __doc__.split("\n\n", 2)[2].strip().replace("\n", " "),
         "",
         f"transformers {runs[-1]['machine']['transformers']}, torch {runs[-1]['machine']['torch']}, one thread of "
-        f"{runs[-1]['machine']['processor']}, commit {', '.join(sorted({run['machine']['commit'] for run in runs}))}:",
+        f"{runs[-1]['machine']['processor']}, commit {', '.join(sorted({run['machine']['commit'] for run in runs}))}. "
+        "A kind that is not in the table was not walked, and one with few families not to its end:",
         "",
         "    python -m benchmarks.studies.zoo walk --out zoo.jsonl --formats "
         + " ".join(dict.fromkeys(name for run in runs for name in run["formats"])),
