@@ -29,7 +29,11 @@ def hash_files(checkpoint: Checkpoint, folder: Path, group: ProcessGroup) -> lis
 
 
 def copy_other_files(checkpoint: Checkpoint, folder: Path) -> list[str]:
-    """Copy what is no weight and does not speak about the folder; return the names of weights in other forms, which would carry the attack along."""
+    """Copy what is no weight, except signatures and claims, which are about another folder.
+
+    Returns:
+        The names of weights in other forms, which would carry the attack along.
+    """
     carried, weights = checkpoint.other_files()
     for relative in carried:
         if str(relative) in (MANIFEST_FILE, CLAIMS_FILE, SIGNATURE_FILE):

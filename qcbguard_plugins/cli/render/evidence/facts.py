@@ -109,13 +109,10 @@ def measured_sentences(report: Measured) -> list[str]:
     if isinstance(report, VerifyReport):
         return _verify_sentences(report)
     if isinstance(report, ScanReport):
-        return [
-            f"{headline(report)}.",
-            explanation(report),
-            *_on_grid(report),
-            f"{report.coverage}; seed {report.seed}.",
-        ]
-    return [f"{diff_headline(report)}.", diff_explanation(report), f"{report.coverage}; seed {report.seed}."]
+        result = [f"{headline(report)}.", explanation(report), *_on_grid(report)]
+    else:
+        result = [f"{diff_headline(report)}.", diff_explanation(report)]
+    return [*result, f"{report.coverage}; seed {report.seed}."]
 
 
 def _on_grid(report: ScanReport) -> list[str]:

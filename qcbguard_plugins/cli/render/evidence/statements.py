@@ -54,8 +54,8 @@ def attest(
 
     Args:
         report: What a run returned.
-        path: What the report is about: what a guard or purification made, or what was scanned, compared or verified. For
-            an ONNX file the statement is about its folder.
+        path: What the report is about: what a guard or purification made, or what was scanned, compared or verified.
+            For an ONNX file the statement is about its folder.
         base: What a guard or purification read. Required for a GGUF file, whose report does not hash its source.
         plan: For a verification of a quantized model: where the plan is, if not in the model itself.
 
