@@ -8,14 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from qcbguard_plugins import attest
+from qcbguard_plugins.backends.formats import get_grid
 from qcbguard_plugins.checkpoint.manifest import MANIFEST_FILE, TensorVerdict, VerifyReport
 from qcbguard_plugins.checkpoint.subject import Subject, subject_of
 from qcbguard_plugins.cli.render.evidence import intoto
 from qcbguard_plugins.cli.render.evidence.statements import AS_PLANNED, report_sha256, report_text
 from qcbguard_plugins.detection.behaviour.report import DiffReport
+from qcbguard_plugins.detection.behaviour.sign_randomization import rounded
 from qcbguard_plugins.detection.weights.report import ScanReport
 from qcbguard_plugins.detection.weights.scan import scan_model
 from qcbguard_plugins.errors import CheckpointError, UsageError
@@ -134,14 +136,9 @@ def test_an_incomplete_scan_passes_nothing(tmp_path: Path) -> None:
 
 
 def test_a_scan_on_its_own_grid_did_not_test_that_format(tmp_path: Path) -> None:
-    from qcbguard_plugins.backends.formats import get_grid
-
     folder = clean_folder(tmp_path / "m", torch.float32)
-    grid = get_grid("nf4")
-    from safetensors.torch import load_file
-
-    tensors = load_file(folder / "model.safetensors")
-    on_grid = {n: grid.stored_values(w) if n.endswith("proj.weight") else w for n, w in tensors.items()}
+    grid, tensors = get_grid("nf4"), load_file(folder / "model.safetensors")
+    on_grid = {n: rounded(w, grid).contiguous() if n.endswith("proj.weight") else w for n, w in tensors.items()}
     save_file(on_grid, folder / "model.safetensors")
     report, predicate = scan(folder, "nf4", "int8")
     assert report.verdict == "clean"
