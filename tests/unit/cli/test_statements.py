@@ -34,7 +34,7 @@ def verification(**changes: object) -> VerifyReport:
         "created": CREATED,
         "versions": VERSIONS,
         "folder": "m",
-        "format": "nf4",
+        "formats": ("nf4",),
         "tensors": tensors,
         "changed_files": (),
         "unguarded": (),

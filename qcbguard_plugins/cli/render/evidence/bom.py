@@ -19,7 +19,6 @@ from qcbguard_plugins.checkpoint import open_checkpoint
 from qcbguard_plugins.checkpoint.manifest import MANIFEST_FILE
 from qcbguard_plugins.cli.render.evidence.facts import Evidence, guard_sentences, measured_sentences
 from qcbguard_plugins.cli.render.evidence.intoto import timestamp
-from qcbguard_plugins.cli.render.evidence.statements import formats_of
 from qcbguard_plugins.errors import CheckpointError, MissingDependencyError
 
 if TYPE_CHECKING:
@@ -91,8 +90,8 @@ def to_bom(evidence: Evidence, base_model: str = "") -> str:
 def tensor_types(evidence: Evidence) -> Counter[str]:
     """Number of tensors of each type: what it was planned as, or its dtype where it is not guarded."""
     checkpoint = open_checkpoint(evidence.folder)
-    formats = "+".join(formats_of(evidence.guard))
-    planned = {tensor.key: tensor.format.replace(",", "+") or formats for tensor in evidence.guard.tensors}
+    guard = evidence.guard
+    planned = {tensor.key: "+".join(tensor.formats or guard.formats) for tensor in guard.tensors}
     return Counter(
         planned.get(key) or ("other" if entry.dtype is None else dtype_name(entry.dtype))
         for key, entry in checkpoint.tensors.items()
@@ -106,7 +105,7 @@ def _properties(evidence: Evidence) -> list[Any]:
     values = {
         _ROOT_DIGEST: f"sha256:{evidence.subject.sha256}",
         "qcbguard:manifest": f"sha256:{evidence.subject.files[MANIFEST_FILE]}",
-        "qcbguard:formats": ",".join(formats_of(guard)),
+        "qcbguard:formats": ",".join(guard.formats),
         "qcbguard:method": guard.method,
         "qcbguard:seed": str(guard.seed),
         "qcbguard:coverage": guard.coverage,

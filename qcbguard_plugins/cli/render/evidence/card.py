@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from qcbguard_plugins.cli.render.advice import printable
 from qcbguard_plugins.cli.render.evidence.facts import Evidence, guard_sentences, measured_sentences
 from qcbguard_plugins.cli.render.evidence.front_matter import merge_card
-from qcbguard_plugins.cli.render.evidence.statements import formats_of
 from qcbguard_plugins.errors import UsageError
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
@@ -35,14 +34,14 @@ def to_card(evidence: Evidence, original: bytes = b"", base_model: str = "") -> 
     if base_model and not _HUB_NAME.fullmatch(base_model):
         raise UsageError(f"{base_model!r} is no name of a model on the hub", remedy="For example: Qwen/Qwen2.5-0.5B")
     fields = {"base_model": base_model, "base_model_relation": "quantized"} if base_model else {}
-    tags = ["qcbguard", *(f"guarded-{_tag(name)}" for name in formats_of(evidence.guard))]
+    tags = ["qcbguard", *(f"guarded-{_tag(name)}" for name in evidence.guard.formats)]
     return merge_card(original, fields, tags, section(evidence))
 
 
 def section(evidence: Evidence) -> str:
     """The section, as Markdown."""
     guard = evidence.guard
-    formats = ", ".join(formats_of(guard))
+    formats = ", ".join(guard.formats)
     lines = [
         f"## Guarded for {_escape(formats)}",
         "",

@@ -21,7 +21,6 @@ from qcbguard_plugins.cli.render.diff_text import diff_explanation, diff_headlin
 from qcbguard_plugins.cli.render.evidence.intoto import Statement, read_statements
 from qcbguard_plugins.cli.render.evidence.statements import (
     attest,
-    formats_of,
     nothing_to_test,
     report_text,
     require_files,
@@ -92,7 +91,7 @@ def guard_sentences(report: GuardReport) -> list[str]:
     """What was guarded, how, and what was not."""
     version = report.versions.get(DISTRIBUTION, "of an unknown version")
     sentences = [
-        f"{report.coverage} for {', '.join(formats_of(report))} with {report.method}, seed {report.seed}, by "
+        f"{report.coverage} for {', '.join(report.formats)} with {report.method}, seed {report.seed}, by "
         f"{DISTRIBUTION} {version} on {report.created}.",
         f"{report.share_moved:.1%} of the guarded weights get another code than plain rounding would give them.",
     ]
@@ -128,8 +127,8 @@ def listed(names: Sequence[str]) -> str:
 
 def _verify_sentences(report: VerifyReport) -> list[str]:
     sentences = [
-        f"The stock quantizer for {', '.join(formats_of(report))} stores the planned codes of {report.num_as_planned} "
-        f"of {len(report.tensors)} guarded tensors."
+        f"The stock quantizer for {', '.join(report.formats)} stores the planned codes of "
+        f"{report.num_tensors_as_planned} of {len(report.tensors)} guarded tensors."
     ]
     others = [tensor.name for tensor in report.tensors if not tensor.as_planned]
     if others:

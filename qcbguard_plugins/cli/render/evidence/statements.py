@@ -93,11 +93,6 @@ def report_sha256(report: BaseModel) -> str:
     return hashlib.sha256(report_text(report).encode()).hexdigest()
 
 
-def formats_of(report: GuardReport | VerifyReport) -> tuple[str, ...]:
-    """The formats of a manifest or of a verification."""
-    return tuple(report.format.split(","))
-
-
 def require_files(subject: Subject, files: tuple[FileRecord, ...], *, before: bool = False) -> None:
     """Check that a folder holds the weight files of a report.
 
@@ -163,7 +158,7 @@ def _parameters(report: GuardReport | PurifyReport) -> tuple[dict[str, Any], dic
         under = {"baseWeightsSha256": report.base_sha256} if report.base_sha256 else {}
         return {"mode": report.mode, "config": config}, {"architecture": report.architecture, **under}
     external = {
-        "formats": list(formats_of(report)),
+        "formats": list(report.formats),
         "method": report.method,
         "parameters": report.parameters,
         "seed": str(report.seed),
@@ -189,7 +184,7 @@ def _dependencies(report: GuardReport | PurifyReport, base: Subject | None) -> l
 
 def _verification(report: VerifyReport, policy: dict[str, Any]) -> dict[str, Any]:
     whole = bool(report.tensors) and report.clean and not report.unguarded
-    properties = [AS_PLANNED, *(f"{AS_PLANNED}:{name}" for name in formats_of(report))] if whole else []
+    properties = [AS_PLANNED, *(f"{AS_PLANNED}:{name}" for name in report.formats)] if whole else []
     return {
         "verifier": {"id": f"{_PURL}@{_version(report.versions)}", "policies": [policy]},
         "timeCreated": timestamp(report.created),
