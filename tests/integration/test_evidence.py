@@ -21,7 +21,7 @@ from in_toto_attestation.v1.statement_pb2 import Statement as StatementMessage
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-import qcbguard_plugins
+from qcbguard_plugins import attest, verify_checkpoint
 from qcbguard_plugins.checkpoint.manifest import read_manifest
 from qcbguard_plugins.checkpoint.subject import subject_of
 from qcbguard_plugins.cli import main
@@ -55,12 +55,12 @@ def made(tmp_path_factory: pytest.TempPathFactory, llama_folder: Path) -> Path:
         shutil.copyfile(path, place / "base" / path.name)
     (place / "base" / "README.md").write_text("---\nlicense: mit\n---\n# The base\n", encoding="utf-8")
     (place / "base" / "model.sig").write_text("of the base", encoding="utf-8")
-    attest = ("--attest", place / "claims.jsonl")
+    option = ("--attest", place / "claims.jsonl")
     guarded = place / "guarded"
     options = ("--for", "nf4", "--method", "stochastic", "--seed", 2**62 + 1)
-    assert run("guard", place / "base", *options, "--out", guarded, *attest) == 0
-    assert run("verify", guarded, "--json", place / "verify.json", *attest) == 0
-    assert run("scan", guarded, "--for", "nf4,int8", "--json", place / "scan.json", *attest) == 0
+    assert run("guard", place / "base", *options, "--out", guarded, *option) == 0
+    assert run("verify", guarded, "--json", place / "verify.json", *option) == 0
+    assert run("scan", guarded, "--for", "nf4,int8", "--json", place / "scan.json", *option) == 0
     return place
 
 
@@ -104,12 +104,12 @@ def test_verification_and_scan_say_what_was_found(made: Path) -> None:
 
 def test_python_makes_the_same_statement(made: Path) -> None:
     report = read_manifest(made / "guarded")
-    statement = qcbguard_plugins.attest(report, made / "guarded", base=made / "base")
+    statement = attest(report, made / "guarded", base=made / "base")
     assert statement == lines_of(made / "claims.jsonl")[0]
     with pytest.raises(CheckpointError, match="its weights are others"):
-        qcbguard_plugins.attest(report, made / "guarded", base=made / "guarded")
+        attest(report, made / "guarded", base=made / "guarded")
     with pytest.raises(CheckpointError, match="its weights are others"):
-        qcbguard_plugins.attest(report, made / "base")
+        attest(report, made / "base")
 
 
 def test_a_signed_guarded_folder_is_refused_by_both_when_it_is_tampered_with(copy: Path) -> None:
@@ -132,6 +132,10 @@ def test_a_signed_guarded_folder_is_refused_by_both_when_it_is_tampered_with(cop
     claims = copy / "tampered.jsonl"
     assert run("verify", guarded, "--attest", claims) == 1
     assert lines_of(claims)[0]["predicate"]["properties"] == []
+    report = verify_checkpoint(guarded)
+    assert attest(report, guarded)["predicate"]["properties"] == []
+    with pytest.raises(CheckpointError, match="its weights are others"):
+        attest(report.model_copy(update={"tensors": (), "changed_files": ()}), guarded)
 
     (guarded / "model.safetensors").write_bytes(whole)
     keys.check(guarded, guarded / "model.sig")
@@ -249,7 +253,7 @@ def test_the_base_of_a_gguf_file_must_be_said(tmp_path: Path) -> None:
     source, out = write_model(tmp_path / "in.gguf"), tmp_path / "out.gguf"
     report = guard_gguf(source, out, "Q8_0")
     with pytest.raises(UsageError, match="does not hash what was read"):
-        qcbguard_plugins.attest(report, out)
+        attest(report, out)
 
 
 def test_diff_and_purify_attest_too(llama: Path, tmp_path: Path) -> None:

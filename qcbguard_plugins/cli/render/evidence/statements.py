@@ -71,7 +71,7 @@ def attest(
         _require_name(report.folder, subject)
         location = None if isinstance(path, Subject) else whole_model(Path(path))
         policy = _policy(subject, location, plan)
-        if location is not None and plan is None and MANIFEST_FILE in subject.files:
+        if report.clean and location is not None and plan is None and MANIFEST_FILE in subject.files:
             require_files(subject, read_manifest(location).files)
         return statement(subject, VERIFICATION, _verification(report, policy))
     _require_name(report.model, subject)
