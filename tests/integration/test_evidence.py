@@ -256,6 +256,7 @@ def test_the_base_of_a_gguf_file_must_be_said(tmp_path: Path) -> None:
         attest(report, out)
 
 
+@pytest.mark.slow
 def test_diff_and_purify_attest_too(llama: Path, tmp_path: Path) -> None:
     claims, data = tmp_path / "claims.jsonl", tmp_path / "clean.jsonl"
     prompts = tmp_path / "prompts.txt"
