@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint bench models quick bench-lab clean
+.PHONY: demo test lint bench models evidence quick bench-lab clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
@@ -36,6 +36,10 @@ bench-lab: $(INSTALLED)
 
 models: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python examples/make_models.py
+
+# Guards an example model and makes all evidence about it, each checked by its own tool: examples/evidence.
+evidence: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python examples/make_evidence.py
 
 # torch comes first and alone: a resolver that is free to choose it may pick a build of several gigabytes.
 $(INSTALLED): pyproject.toml constraints.txt

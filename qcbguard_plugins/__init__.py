@@ -11,6 +11,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qcbguard_plugins.backends.ggml.backend import Ggml
     from qcbguard_plugins.backends.ggml.options import GgufOptions
+    from qcbguard_plugins.cli.render.evidence.bom import to_bom
+    from qcbguard_plugins.cli.render.evidence.card import to_card
+    from qcbguard_plugins.cli.render.evidence.facts import collect_evidence
+    from qcbguard_plugins.cli.render.evidence.statements import attest
     from qcbguard_plugins.defenses import Efrap, Feedback, FlipGuard, Noise, QuantGuard, QVec, Stochastic
     from qcbguard_plugins.detection.behaviour.compare import diff_model
     from qcbguard_plugins.detection.weights.scan import scan_model
@@ -48,6 +52,8 @@ __all__ = [
     "Stochastic",
     "__version__",
     "activate",
+    "attest",
+    "collect_evidence",
     "convert_guarded",
     "diff_model",
     "guard_checkpoint",
@@ -56,6 +62,8 @@ __all__ = [
     "guard_model",
     "purify",
     "scan_model",
+    "to_bom",
+    "to_card",
     "verify",
     "verify_checkpoint",
 ]
@@ -77,6 +85,8 @@ _MODULE_OF = {
     "QuantGuard": "defenses",
     "Stochastic": "defenses",
     "activate": "hooks.transformers.bitsandbytes",
+    "attest": "cli.render.evidence.statements",
+    "collect_evidence": "cli.render.evidence.facts",
     "convert_guarded": "hooks.llama_cpp",
     "diff_model": "detection.behaviour.compare",
     "guard_checkpoint": "pipeline.guard",
@@ -85,6 +95,8 @@ _MODULE_OF = {
     "guard_model": "pipeline.model",
     "purify": "purification",
     "scan_model": "detection.weights.scan",
+    "to_bom": "cli.render.evidence.bom",
+    "to_card": "cli.render.evidence.card",
     "verify": "pipeline.verify",
     "verify_checkpoint": "pipeline.verify",
 }

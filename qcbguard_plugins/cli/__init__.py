@@ -15,7 +15,21 @@ from contextlib import contextmanager
 import click
 
 from qcbguard_plugins._util.progress import Progress, reporting
-from qcbguard_plugins.cli import convert, diff, doctor, gguf, guard, lab, lab_bench, lab_evaluate, purify, scan, verify
+from qcbguard_plugins.cli import (
+    bom,
+    card,
+    convert,
+    diff,
+    doctor,
+    gguf,
+    guard,
+    lab,
+    lab_bench,
+    lab_evaluate,
+    purify,
+    scan,
+    verify,
+)
 from qcbguard_plugins.cli import list as listing
 from qcbguard_plugins.errors import QcbguardError, UsageError
 
@@ -33,6 +47,8 @@ app.add_command(verify.command)
 app.add_command(scan.command)
 app.add_command(diff.command)
 app.add_command(purify.command)
+app.add_command(card.command)
+app.add_command(bom.command)
 app.add_command(lab.group)
 lab.group.add_command(lab_evaluate.command)
 lab.group.add_command(lab_bench.command)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from qcbguard_plugins.cli.evidence import Attestation, attest_option
 from qcbguard_plugins.cli.output import json_option, print_report, quieten_libraries, refuse_existing, write_new
 
 
@@ -17,6 +18,7 @@ from qcbguard_plugins.cli.output import json_option, print_report, quieten_libra
 @click.option("--seed", type=click.IntRange(min=0), help="Seed; a fresh one by default, recorded either way.")
 @click.option("--html", "html_path", type=click.Path(path_type=Path), help="Write a page.")
 @click.option("--markdown", "markdown_path", type=click.Path(path_type=Path), help="Write a section for a model card.")
+@attest_option
 @json_option
 def command(
     model: Path,
@@ -26,6 +28,7 @@ def command(
     seed: int | None,
     html_path: Path | None,
     markdown_path: Path | None,
+    attest_path: Path | None,
     json_target: str | None,
 ) -> int:
     """Compare the answers of MODEL, a full-precision folder with its tokenizer, before and after quantization.
@@ -42,6 +45,7 @@ def command(
     refuse_existing(html_path, markdown_path)
     require_transformers()
     quieten_libraries()
+    attestation = Attestation(attest_path, model)
     with tqdm(total=draws + 2, desc="comparing", unit=" models", disable=None) as bar:
         report = diff_model(
             model, format_name, prompts_path=prompts_path, num_draws=draws, seed=seed, progress=bar.update
@@ -51,4 +55,5 @@ def command(
     if markdown_path is not None:
         write_new(markdown_path, render_diff_markdown(report))
     print_report(report, render_diff(report), json_target)
+    attestation.add(report)
     return report.exit_code

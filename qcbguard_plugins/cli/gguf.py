@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from qcbguard_plugins.cli.evidence import Attestation, attest_option
 from qcbguard_plugins.cli.options import (
     gguf_options,
     guard_options,
@@ -27,6 +28,7 @@ from qcbguard_plugins.pipeline.progress import progress_bar
 @max_memory_option
 @gguf_options
 @click.option("--dry-run", is_flag=True, help="Print the type of every tensor, memory and time, and stop.")
+@attest_option
 @json_option
 def command(
     source: Path,
@@ -38,6 +40,7 @@ def command(
     ignore: tuple[str, ...],
     budget_bytes: int | None,
     dry_run: bool,
+    attest_path: Path | None,
     json_target: str | None,
     **gguf: Any,
 ) -> int:
@@ -61,7 +64,9 @@ def command(
         planned = describe_plan(plan, guard, lambda: plan_gguf_memory(plan, budget_bytes))
         print_report(planned, render_plan(planned), json_target)
         return 0
+    attestation = Attestation(attest_path, source, out)
     with progress_bar(plan.num_weights, f"guarding for {recipe}") as progress:
         report = guard_planned_gguf(plan, out, guard, progress=progress, budget_bytes=budget_bytes)
     print_report(report, render_guard(report), json_target)
+    attestation.add(report)
     return UnguardableError.exit_code if report.unguarded else 0

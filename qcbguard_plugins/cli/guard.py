@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from qcbguard_plugins.cli.evidence import Attestation, attest_option
 from qcbguard_plugins.cli.options import (
     gguf_options,
     guard_options,
@@ -45,6 +46,7 @@ from qcbguard_plugins.pipeline.progress import progress_bar
     help="For a GGUF format: the --outtype of the conversion.",
 )
 @gguf_options
+@attest_option
 @json_option
 def command(
     model: Path,
@@ -57,6 +59,7 @@ def command(
     ignore: tuple[str, ...],
     budget_bytes: int | None,
     dry_run: bool,
+    attest_path: Path | None,
     json_target: str | None,
     **gguf: Any,
 ) -> int:
@@ -87,6 +90,7 @@ def command(
         print_report(planned, render_plan(planned), json_target)
         return 0
     group = join_process_group()
+    attestation = Attestation(attest_path if group.rank == 0 else None, model, out)
     with progress_bar(
         plan.num_weights // group.world_size, f"guarding for {formats}", shown=group.rank == 0
     ) as progress:
@@ -94,4 +98,5 @@ def command(
     if group.rank > 0:
         return 0  # the first process has the report, and the exit code
     print_report(result, render_guard(result), json_target)
+    attestation.add(result)
     return 0 if result.is_complete else UnguardableError.exit_code

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from qcbguard_plugins.cli.evidence import Attestation, attest_option
 from qcbguard_plugins.cli.options import parse_parameters
 from qcbguard_plugins.cli.output import json_option, print_report, quieten_libraries
 from qcbguard_plugins.errors import UsageError
@@ -28,6 +29,7 @@ from qcbguard_plugins.pipeline.progress import progress_bar
 @click.option("--set", "parameters", multiple=True, help="Hyperparameter, as in --set ratio=0.08.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--dry-run", is_flag=True, help="Print the plan and what it takes, and stop.")
+@attest_option
 @json_option
 def command(
     model: Path,
@@ -39,6 +41,7 @@ def command(
     parameters: tuple[str, ...],
     seed: int,
     dry_run: bool,
+    attest_path: Path | None,
     json_target: str | None,
 ) -> int:
     """Purify MODEL, the folder of a full-precision checkpoint, of backdoors that a key in the prompt sets off.
@@ -70,7 +73,9 @@ def command(
         planned = describe(plan)
         print_report(planned, render_plan(planned), json_target)
         return 0
+    attestation = Attestation(attest_path, adapter or model, out)
     with progress_bar(plan.num_steps, "purifying", unit=" steps") as progress:
         report = purify_planned(plan, out, progress=progress)
     print_report(report, render_purification(report), json_target)
+    attestation.add(report)
     return 0

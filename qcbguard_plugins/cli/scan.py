@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from qcbguard_plugins.cli.evidence import Attestation, attest_option
 from qcbguard_plugins.cli.options import max_memory_option
 from qcbguard_plugins.cli.output import json_option, print_report, refuse_existing, write_new
 from qcbguard_plugins.errors import UsageError
@@ -28,6 +29,7 @@ from qcbguard_plugins.pipeline.progress import progress_bar
 @click.option("--seed", type=click.IntRange(min=0), help="Seed; a fresh one by default, recorded either way.")
 @click.option("--exhaustive", is_flag=True, help="Test every weight of large tensors, not a random part; slower.")
 @max_memory_option
+@attest_option
 @json_option
 def command(
     model: Path,
@@ -38,6 +40,7 @@ def command(
     seed: int | None,
     exhaustive: bool,
     budget_bytes: int | None,
+    attest_path: Path | None,
     json_target: str | None,
 ) -> int:
     """Test the weights of MODEL: a folder of safetensors files, one such file, or a GGUF file, in full precision.
@@ -56,6 +59,7 @@ def command(
     if not names:
         raise UsageError("--for names no format", remedy="For example: --for nf4,int8")
     group = join_process_group()
+    attestation = Attestation(attest_path if group.rank == 0 else None, model)
     num_weights = sum(target.num_weights for target in open_weights(model).targets)
     with progress_bar(num_weights // group.world_size, "scanning", shown=group.rank == 0) as progress:
         max_weights = num_weights if exhaustive else MAX_WEIGHTS
@@ -81,4 +85,5 @@ def command(
     if markdown_path is not None:
         write_new(markdown_path, render_markdown(report))
     print_report(report, render_scan(report), json_target)
+    attestation.add(report)
     return report.exit_code

@@ -10,6 +10,7 @@ from qcbguard_plugins._util.distributed import ProcessGroup
 from qcbguard_plugins._util.threads import map_over_threads
 from qcbguard_plugins.checkpoint import Checkpoint, hash_file
 from qcbguard_plugins.checkpoint.manifest import MANIFEST_FILE, FileRecord
+from qcbguard_plugins.checkpoint.subject import CLAIMS_FILE, SIGNATURE_FILE
 
 if TYPE_CHECKING:
     pass
@@ -28,10 +29,14 @@ def hash_files(checkpoint: Checkpoint, folder: Path, group: ProcessGroup) -> lis
 
 
 def copy_other_files(checkpoint: Checkpoint, folder: Path) -> list[str]:
-    """Copy what is no weight; return the names of weights in other forms, which would carry the attack along."""
+    """Copy what is no weight, except signatures and claims, which are about another folder.
+
+    Returns:
+        The names of weights in other forms, which would carry the attack along.
+    """
     carried, weights = checkpoint.other_files()
     for relative in carried:
-        if relative == Path(MANIFEST_FILE):
+        if str(relative) in (MANIFEST_FILE, CLAIMS_FILE, SIGNATURE_FILE):
             continue
         target = folder / relative
         target.parent.mkdir(parents=True, exist_ok=True)
