@@ -15,7 +15,20 @@ from contextlib import contextmanager
 import click
 
 from qcbguard_plugins._util.progress import Progress, reporting
-from qcbguard_plugins.cli import convert, diff, doctor, gguf, guard, lab, lab_bench, lab_evaluate, purify, scan, verify
+from qcbguard_plugins.cli import (
+    check,
+    convert,
+    diff,
+    doctor,
+    gguf,
+    guard,
+    lab,
+    lab_bench,
+    lab_evaluate,
+    purify,
+    scan,
+    verify,
+)
 from qcbguard_plugins.cli import list as listing
 from qcbguard_plugins.errors import QcbguardError, UsageError
 
@@ -31,6 +44,7 @@ app.add_command(gguf.command)
 app.add_command(convert.command)
 app.add_command(verify.command)
 app.add_command(scan.command)
+app.add_command(check.command)
 app.add_command(diff.command)
 app.add_command(purify.command)
 app.add_command(lab.group)
