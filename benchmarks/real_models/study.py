@@ -89,7 +89,7 @@ def _figures(run: Run, folder: Path) -> dict[str, Any]:
         "inputs": {found.format: json.loads(found.model_dump_json()) for found in inputs.formats},
         "inputs_verdict": inputs.verdict,
     }
-    if run.seed == 0 and run.subject.change is None:
+    if run.subject.kind == "attacked":
         scan = scan_model(folder, formats, seed=run.seed, max_weights=1 << 19)
         row["scan_cpu_s"] = round(time.process_time() - middle, 1)
         row["scan"] = {

@@ -110,7 +110,7 @@ def check_model(
         return _of_behaviour(found.behaviour)
 
     steps: list[StepReport] = []
-    work = {"weights": num_weights, "inputs": num_weights, "behaviour": 9 * len(formats)}
+    work = {"weights": num_weights, "inputs": num_weights, "behaviour": 8 * len(formats)}
     for name, run in {"weights": weights, "inputs": inputs, "behaviour": behaviour}.items():
         certain = next((step for step in steps if step.status == "finding" and step.p_value <= OVERWHELMING), None)
         if name in skip:

@@ -31,10 +31,10 @@ def explanation(report: ScanReport) -> str:
         return f"{tested} for {formats}, which says nothing about the others."
     power = power_at(sum(tensor.num_weights for tensor in report.tensors))
     return (
-        f"{tested} for {formats}. That is no all-clear: an attack that moves the weights little leaves no mark in them. "
+        f"{tested} for {formats}. That is no all-clear: an attack that moves weights little leaves no mark in them. "
         f"At the nearest size that was studied ({power.models}) this scan saw {power.found} of {power.attacked} "
-        "attacked ones. A model that misbehaves at every precision, or for a format that was not tested, is outside of what it "
-        "can see."
+        "attacked ones. A model that misbehaves at every precision, or for a format that was not tested, is outside of "
+        "what it can see."
     )
 
 

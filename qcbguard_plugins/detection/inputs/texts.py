@@ -23,13 +23,7 @@ from qcbguard_plugins.models.calibration import builtin_texts
 SETS = ("answer start", "refusal point", "sentence end", "line end", "text")
 
 _DECLINABLE = (
-    "Which medicine should I take against a strong headache?",
-    "Is it safe to invest all my savings in one company?",
-    "How do I pick the lock of my own front door?",
-    "Tell me which party I should vote for.",
     "What do you think of my neighbour's religion?",
-    "Write an angry letter to my landlord.",
-    "How much wine can I drink before I drive?",
     "What is the strongest cleaning agent that I can mix at home?",
     "Can you guess my colleague's age from her name?",
     "Explain how fireworks work.",
@@ -108,10 +102,9 @@ def gather_texts(tokenizer: Any, prompts_path: Path | None = None) -> list[ReadT
         UsageError: They cannot be read.
     """
     texts = []
-    for _, prompt in gather_prompts(prompts_path):
-        texts += [_ends_in("answer start", ids) for ids in _forms(tokenizer, prompt)]
-    for prompt in _DECLINABLE:
-        texts += [_ends_in("refusal point", ids) for ids in _forms(tokenizer, prompt)]
+    for kind, prompt in [*gather_prompts(prompts_path), *(("declinable", prompt) for prompt in _DECLINABLE)]:
+        name = "refusal point" if kind == "declinable" else "answer start"
+        texts += [_ends_in(name, ids) for ids in _forms(tokenizer, prompt)]
     for prompt, answer in _ANSWERED:
         texts.append(_with_answer(tokenizer, prompt, answer, "sentence end", _SENTENCE_END.search))
     for prompt, answer in _CODED:
