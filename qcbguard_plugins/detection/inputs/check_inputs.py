@@ -23,7 +23,7 @@ from qcbguard_plugins.detection.inputs.directions import DIRECTIONS, input_direc
 from qcbguard_plugins.detection.inputs.report import DirectionEvidence, FormatInputs, InputReport, UntestedLayer
 from qcbguard_plugins.detection.inputs.rounding_errors import rounding_errors
 from qcbguard_plugins.detection.inputs.texts import gather_texts
-from qcbguard_plugins.detection.weights.measure import fitting_grid, grid_of, layer_of, require_scipy
+from qcbguard_plugins.detection.weights.measure import fitting_grid, grid_of, layer_of, require_scipy, why_unreadable
 from qcbguard_plugins.detection.weights.null_grids import draw_inflations, generator_for, reproduces, sample_rows
 from qcbguard_plugins.detection.weights.thresholds import ON_GRID
 from qcbguard_plugins.errors import CalibrationError, CheckpointError, UsageError
@@ -94,9 +94,17 @@ def check_inputs(
     seed = secrets.randbits(63) if seed is None else seed
     model_dir = _folder(model_dir)
     source = open_weights(model_dir)
-    texts = gather_texts(_tokenizer(model_dir), prompts_path)
+    tokenizer = _tokenizer(model_dir)
     model, names = _model(model_dir, source, budget_bytes)
-    directions = input_directions(model, sorted(names), texts, lambda _: None)
+    texts = gather_texts(tokenizer, prompts_path, _longest(model.config))
+    try:
+        directions = input_directions(model, sorted(names), texts)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        # What a class of transformers raises when it is run on text alone is its own affair.
+        raise CheckpointError(
+            f"{type(model).__name__} cannot be run on text alone: {type(error).__name__}: {error}",
+            remedy="Its weights can be tested: qcbguard scan.",
+        ) from error
     del model
     measured = {name: _Measured() for name in grids}
     skipped = []
@@ -139,6 +147,12 @@ def _folder(model_dir: Path | str) -> Path:
             remedy="Give the folder with config.json and the tokenizer; 'qcbguard scan' reads single files.",
         )
     raise UsageError(f"{model_dir} does not exist", remedy="Give the folder of a model.")
+
+
+def _longest(config: Any) -> int:
+    """How many tokens a model can read at once."""
+    limits = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions")]
+    return min([limit for limit in limits if isinstance(limit, int) and limit > 0], default=1 << 20)
 
 
 def _tokenizer(model_dir: Path) -> Any:
@@ -198,16 +212,14 @@ def _measure(
         Why it cannot be tested, or an empty string.
     """
     weight = source.read(target)
-    if not torch.isfinite(weight).all():
-        return "holds NaN or infinite values"
-    inflations = draw_inflations(generator_for(seed, "neighbouring grids"), _NUM_NEIGHBOURS)
-    fitting = {name: fitting_grid(grid, weight.shape[1]) for name, grid in grids.items()}
-    unfit = [name for name, grid in fitting.items() if grid is None]
-    if unfit:
-        return f"its rows of {weight.shape[1]} weights fit no type of {', '.join(unfit)}"
+    reason = why_unreadable(weight, grids)
+    if reason:
+        return reason
     if directions.shape[0] != weight.shape[1]:
         return f"its rows have {weight.shape[1]} weights, and its inputs {directions.shape[0]} entries"
-    for name, grid in fitting.items():
+    inflations = draw_inflations(generator_for(seed, "neighbouring grids"), _NUM_NEIGHBOURS)
+    for name, family in grids.items():
+        grid = fitting_grid(family, weight.shape[1])
         assert grid is not None, "looked at above"
         generator = generator_for(seed, target.name)
         part = sample_rows(weight, grid, max_weights, generator)

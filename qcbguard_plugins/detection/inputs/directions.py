@@ -35,16 +35,13 @@ class _Gathered:
 
 
 @torch.no_grad()
-def input_directions(
-    model: Any, layers: Sequence[str], texts: Sequence[ReadText], progress: Callable[[int], object]
-) -> dict[str, Tensor]:
+def input_directions(model: Any, layers: Sequence[str], texts: Sequence[ReadText]) -> dict[str, Tensor]:
     """Directions of the inputs of linear layers.
 
     Args:
         model: A model of transformers in full precision, in eval mode.
         layers: Dotted names of its layers.
         texts: What to read.
-        progress: Called with the number of tokens of each batch.
 
     Returns:
         float32 ``[in_features, len(DIRECTIONS)]`` by layer name; a column of zeros where the texts have no such
@@ -73,7 +70,6 @@ def input_directions(
             rows.update(_rows_of(batch, ids.shape[1]))
             previous.clear()
             _forward(model, ids, mask)
-            progress(int(mask.sum()))
     finally:
         for handle in handles:
             handle.remove()

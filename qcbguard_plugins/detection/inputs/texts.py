@@ -91,12 +91,13 @@ class ReadText:
     positions: dict[str, tuple[int, ...]]
 
 
-def gather_texts(tokenizer: Any, prompts_path: Path | None = None) -> list[ReadText]:
+def gather_texts(tokenizer: Any, prompts_path: Path | None = None, max_tokens: int = _MAX_TOKENS) -> list[ReadText]:
     """The built-in texts, and the user's prompts among the starts of answers.
 
     Args:
         tokenizer: The model's tokenizer.
         prompts_path: Prompts of the user's, which an attacker cannot know.
+        max_tokens: What the model can read; of a longer text the end is kept.
 
     Raises:
         UsageError: They cannot be read.
@@ -110,7 +111,7 @@ def gather_texts(tokenizer: Any, prompts_path: Path | None = None) -> list[ReadT
     for prompt, answer in _CODED:
         texts.append(_with_answer(tokenizer, prompt, answer, "line end", lambda token: "\n" in token))
     texts += list(_passages(tokenizer))
-    return [text for text in texts if text.ids and any(text.positions.values())]
+    return [_end_of(text, min(max_tokens, _MAX_TOKENS)) for text in texts if text.ids and any(text.positions.values())]
 
 
 def batches_of(texts: Sequence[ReadText], num_tokens: int = 2048) -> Iterator[tuple[list[ReadText], Tensor, Tensor]]:
@@ -134,7 +135,7 @@ def batches_of(texts: Sequence[ReadText], num_tokens: int = 2048) -> Iterator[tu
 
 
 def _forms(tokenizer: Any, prompt: str) -> list[list[int]]:
-    return [_ids(tokenizer, form)[-_MAX_TOKENS:] for form in forms_of(prompt, tokenizer)]
+    return [_ids(tokenizer, form) for form in forms_of(prompt, tokenizer)]
 
 
 def _ids(tokenizer: Any, text: str, *, special: bool = True) -> list[int]:
@@ -144,6 +145,12 @@ def _ids(tokenizer: Any, text: str, *, special: bool = True) -> list[int]:
     ids: list[int] = tokenizer(text, add_special_tokens=adds, verbose=False)["input_ids"]
     end = tokenizer.eos_token_id
     return ids[:-1] if special and len(ids) > 1 and ids[-1] == end and start != tokenizer.eos_token else ids
+
+
+def _end_of(text: ReadText, max_tokens: int) -> ReadText:
+    cut = max(0, len(text.ids) - max_tokens)
+    positions = {name: tuple(p - cut for p in places if p >= cut) for name, places in text.positions.items()}
+    return ReadText(text.ids[cut:], positions)
 
 
 def _ends_in(name: str, ids: Sequence[int]) -> ReadText:

@@ -122,7 +122,7 @@ def test_commands_are_quoted() -> None:
     commands = [command for _, command in next_steps(make_report("attacked")) if command]
     assert commands == [
         "qcbguard diff 'some model' --for nf4",
-        "qcbguard guard 'some model' --for nf4 --out 'some model'-guarded",
+        "qcbguard guard 'some model' --for nf4 --out 'some model-guarded'",
     ]
 
 
