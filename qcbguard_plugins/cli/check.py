@@ -9,7 +9,7 @@ import click
 
 from qcbguard_plugins._util.progress import Progress
 from qcbguard_plugins.cli.options import max_memory_option
-from qcbguard_plugins.cli.output import json_option, print_report, progress_bar, quieten_libraries
+from qcbguard_plugins.cli.output import json_option, print_report, quieten_libraries
 from qcbguard_plugins.errors import UsageError
 
 _STEPS = ("weights", "inputs", "behaviour")
@@ -46,6 +46,7 @@ def command(
     from qcbguard_plugins.cli.render.check_text import render_check
     from qcbguard_plugins.detection.check import check_model
     from qcbguard_plugins.models.skeleton import require_transformers
+    from qcbguard_plugins.pipeline.progress import progress_bar
 
     names = [name.strip() for name in formats.split(",") if name.strip()]
     if not names:

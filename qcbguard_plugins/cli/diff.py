@@ -6,14 +6,7 @@ from pathlib import Path
 
 import click
 
-from qcbguard_plugins.cli.output import (
-    json_option,
-    print_report,
-    progress_bar,
-    quieten_libraries,
-    refuse_existing,
-    write_new,
-)
+from qcbguard_plugins.cli.output import json_option, print_report, quieten_libraries, refuse_existing, write_new
 
 
 @click.command("diff")
@@ -45,6 +38,7 @@ def command(
     from qcbguard_plugins.cli.render.diff_text import render_diff, render_diff_markdown
     from qcbguard_plugins.detection.behaviour.compare import diff_model
     from qcbguard_plugins.models.skeleton import require_transformers
+    from qcbguard_plugins.pipeline.progress import progress_bar
 
     refuse_existing(html_path, markdown_path)
     require_transformers()

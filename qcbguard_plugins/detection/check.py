@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qcbguard_plugins._util.records import installed_versions, now
+from qcbguard_plugins.backends.formats import backend_of
 from qcbguard_plugins.checkpoint.open_weights import open_weights
 from qcbguard_plugins.detection.behaviour.report import DiffReport
 from qcbguard_plugins.detection.check_report import STEPS, CheckReport, StepReport, Verdict
 from qcbguard_plugins.detection.inputs.report import InputReport
-from qcbguard_plugins.detection.weights.measure import grid_of
 from qcbguard_plugins.detection.weights.report import ScanReport
 from qcbguard_plugins.errors import QcbguardError, UsageError
 
@@ -80,7 +80,7 @@ def check_model(
     if not formats:
         raise UsageError("no format to check for", remedy="For example: --for nf4")
     for name in formats:
-        grid_of(name)
+        backend_of(name).representative_grid(name)
     path = Path(path)
     source = open_weights(path)
     num_weights = sum(target.num_weights for target in source.targets)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qcbguard_plugins._util.memory import budget_or_available
 from qcbguard_plugins._util.records import installed_versions, now
+from qcbguard_plugins.backends.formats import backend_of, fitting_grid
 from qcbguard_plugins.checkpoint import Checkpoint, open_checkpoint
 from qcbguard_plugins.checkpoint.open_weights import open_weights
 from qcbguard_plugins.checkpoint.weight_source import SourceTensor, WeightSource
@@ -23,8 +24,9 @@ from qcbguard_plugins.detection.inputs.directions import DIRECTIONS, input_direc
 from qcbguard_plugins.detection.inputs.report import DirectionEvidence, FormatInputs, InputReport, UntestedLayer
 from qcbguard_plugins.detection.inputs.rounding_errors import rounding_errors
 from qcbguard_plugins.detection.inputs.texts import gather_texts
-from qcbguard_plugins.detection.weights.measure import fitting_grid, grid_of, layer_of, require_scipy, why_unreadable
+from qcbguard_plugins.detection.weights.measure import layer_of, why_unreadable
 from qcbguard_plugins.detection.weights.null_grids import draw_inflations, generator_for, reproduces, sample_rows
+from qcbguard_plugins.detection.weights.scan import require_scipy
 from qcbguard_plugins.detection.weights.thresholds import ON_GRID
 from qcbguard_plugins.errors import CalibrationError, CheckpointError, UsageError
 from qcbguard_plugins.grids import Grid
@@ -90,7 +92,7 @@ def check_inputs(
     require_scipy()
     if not formats:
         raise UsageError("no format to test for")
-    grids = {name: grid_of(name) for name in dict.fromkeys(formats)}
+    grids = {name: backend_of(name).representative_grid(name) for name in dict.fromkeys(formats)}
     seed = secrets.randbits(63) if seed is None else seed
     model_dir = _folder(model_dir)
     source = open_weights(model_dir)
@@ -219,7 +221,7 @@ def _measure(
         return f"its rows have {weight.shape[1]} weights, and its inputs {directions.shape[0]} entries"
     inflations = draw_inflations(generator_for(seed, "neighbouring grids"), _NUM_NEIGHBOURS)
     for name, family in grids.items():
-        grid = fitting_grid(family, weight.shape[1])
+        grid = fitting_grid(family, (weight.shape[0], weight.shape[1]))
         assert grid is not None, "looked at above"
         generator = generator_for(seed, target.name)
         part = sample_rows(weight, grid, max_weights, generator)
