@@ -7,6 +7,7 @@ from pathlib import Path
 
 from benchmarks.real_models.catalogue import MODELS
 
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 RESULTS = Path(__file__).resolve().parent / "results.jsonl"
 
 
@@ -20,12 +21,17 @@ def main() -> None:
     studying = verbs.add_parser("study", help="test every model that is at hand; resumable")
     studying.add_argument("--results", type=Path, default=RESULTS)
     studying.add_argument("--only", default="", help="only models whose name contains this")
+    verbs.add_parser("document", help="write the part of docs/detection.md about real models")
     arguments = parser.parse_args()
     if arguments.verb == "fetch":
         from benchmarks.real_models.fetch import fetch
 
         for name in arguments.names:
             print(fetch(name))
+    elif arguments.verb == "document":
+        from benchmarks.real_models.document import write_first_part
+
+        write_first_part(DOCS)
     elif arguments.verb == "study":
         from benchmarks.real_models.study import run_study
 

@@ -12,8 +12,28 @@ from qcbguard_plugins.detection.inputs.combination import FLOOR
 
 Row = dict[str, Any]
 
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results.jsonl"
+_NEXT_PART = "## The study on small models"
 
-def real_models_tables(results_path: Path) -> dict[str, str]:
+
+def write_first_part(docs_dir: Path) -> str:
+    """Write the plot, and the part of the page about real models before what follows it there.
+
+    Returns:
+        That part.
+    """
+    part = (HERE / "template.md").read_text(encoding="utf-8")
+    for name, value in _tables(RESULTS).items():
+        part = part.replace(f"@{name}@", value)
+    plot_p_values(RESULTS, docs_dir / "detection-inputs.svg")
+    page = docs_dir / "detection.md"
+    rest = page.read_text(encoding="utf-8").partition(_NEXT_PART)
+    page.write_text(part + rest[1] + rest[2], encoding="utf-8")
+    return part
+
+
+def _tables(results_path: Path) -> dict[str, str]:
     """What the template's marks of this part stand for."""
     rows = read(results_path)
     attacked = [row for row in rows if row["kind"] == "attacked"]
