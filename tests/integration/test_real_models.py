@@ -1,4 +1,4 @@
-"""A real language model, clean and attacked; made by ``python -m benchmarks.real_models fetch`` and ``attack``."""
+"""A real language model, clean and attacked: see ``python -m benchmarks.studies.real_models --help``."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.real_models.catalogue import MODELS
-from benchmarks.real_models.fetch import model_dir
-from benchmarks.real_models.population import ATTACK_SPECS
+from benchmarks.studies.real_models.catalogue import MODELS
+from benchmarks.studies.real_models.fetch import model_dir
+from benchmarks.studies.real_models.population import ATTACK_SPECS
 from qcbguard_plugins.detection.inputs.check_inputs import check_inputs
 
 
 def _folder(path: Path, how: str) -> Path:
     if not path.is_dir():
-        pytest.skip(f"{path.name} is not at hand; make it with: python -m benchmarks.real_models {how}")
+        pytest.skip(f"{path.name} is not at hand; make it with: python -m benchmarks.studies.real_models {how}")
     return path
 
 

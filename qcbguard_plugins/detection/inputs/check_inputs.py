@@ -88,6 +88,8 @@ def check_inputs(
         CheckpointError: The folder is no model that can be run, or has no tokenizer.
         MissingDependencyError: SciPy or transformers is not installed.
     """
+    from qcbguard_plugins.models.loading import require_tokenizer
+
     start = time.monotonic()
     require_scipy()
     if not formats:
@@ -96,7 +98,9 @@ def check_inputs(
     seed = secrets.randbits(63) if seed is None else seed
     model_dir = _folder(model_dir)
     source = open_weights(model_dir)
-    tokenizer = _tokenizer(model_dir)
+    tokenizer = require_tokenizer(
+        model_dir, remedy="Put the tokenizer files beside the model; 'qcbguard scan' needs none."
+    )
     model, names = _model(model_dir, source, budget_bytes)
     texts = gather_texts(tokenizer, prompts_path, _longest(model.config))
     try:
@@ -155,18 +159,6 @@ def _longest(config: Any) -> int:
     """How many tokens a model can read at once."""
     limits = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions")]
     return min([limit for limit in limits if isinstance(limit, int) and limit > 0], default=1 << 20)
-
-
-def _tokenizer(model_dir: Path) -> Any:
-    from qcbguard_plugins.models.loading import load_tokenizer
-
-    tokenizer = load_tokenizer(model_dir)
-    if tokenizer is None:
-        raise CheckpointError(
-            f"{model_dir.name} has no tokenizer that can be loaded without code of its own",
-            remedy="Put the tokenizer files beside the model; 'qcbguard scan' needs none.",
-        )
-    return tokenizer
 
 
 def _model(model_dir: Path, source: WeightSource, budget_bytes: int | None) -> tuple[Any, dict[str, str]]:

@@ -26,7 +26,7 @@ class Power:
     models: str
 
 
-#: Written down in ``benchmarks/detection/results.jsonl`` and ``benchmarks/real_models/results.jsonl``.
+#: Written down in ``benchmarks/data/detection.jsonl`` and ``benchmarks/data/real_models.jsonl``.
 STUDIES = (
     Power(4_000_000, 87, 87, "models of up to 4 million parameters"),
     Power(135_000_000, 0, 1, "a language model of 135 million parameters"),

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from benchmarks.real_models.attack import ATTACKS, AttackSpec
-from benchmarks.real_models.fetch import model_dir
+from benchmarks.studies.real_models.attack import ATTACKS, AttackSpec
+from benchmarks.studies.real_models.fetch import model_dir
 from qcbguard_plugins.backends.formats import get_grid
 from qcbguard_plugins.checkpoint.weight_source import is_target
 from qcbguard_plugins.detection.behaviour.sign_randomization import rounded

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.detection.measure import commit
-from benchmarks.real_models.attack import ATTACKS
-from benchmarks.real_models.catalogue import MODELS
-from benchmarks.real_models.fetch import model_dir
-from benchmarks.real_models.population import ATTACK_SPECS, Subject, clean_subjects
+from benchmarks._common import commit
+from benchmarks.studies.real_models.attack import ATTACKS
+from benchmarks.studies.real_models.catalogue import MODELS
+from benchmarks.studies.real_models.fetch import model_dir
+from benchmarks.studies.real_models.population import ATTACK_SPECS, Subject, clean_subjects
 from qcbguard_plugins.detection.inputs.check_inputs import check_inputs
 from qcbguard_plugins.detection.weights.scan import scan_model
 

@@ -1,18 +1,18 @@
-"""``python -m benchmarks.real_models``: fetch real models, attack them, and test clean and attacked ones."""
+"""``python -m benchmarks.studies.real_models``: fetch real models, attack them, and test clean and attacked ones."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from benchmarks.real_models.catalogue import MODELS
+from benchmarks._common import DATA_DIR, DOCS_DIR
+from benchmarks.studies.real_models.catalogue import MODELS
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
-RESULTS = Path(__file__).resolve().parent / "results.jsonl"
+RESULTS = DATA_DIR / "real_models.jsonl"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.real_models", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.studies.real_models", description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
     fetching = verbs.add_parser("fetch", help="fetch models by version and hash, and dequantize them")
     fetching.add_argument("names", nargs="*", default=["smollm2-135m"], help=f"of {', '.join(MODELS)}")
@@ -24,21 +24,21 @@ def main() -> None:
     verbs.add_parser("document", help="write the part of docs/detection.md about real models")
     arguments = parser.parse_args()
     if arguments.verb == "fetch":
-        from benchmarks.real_models.fetch import fetch
+        from benchmarks.studies.real_models.fetch import fetch
 
         for name in arguments.names:
             print(fetch(name))
     elif arguments.verb == "document":
-        from benchmarks.real_models.document import write_first_part
+        from benchmarks.studies.real_models.document import write_first_part
 
-        write_first_part(DOCS)
+        write_first_part(DOCS_DIR)
     elif arguments.verb == "study":
-        from benchmarks.real_models.study import run_study
+        from benchmarks.studies.real_models.study import run_study
 
         run_study(arguments.results, only=arguments.only)
     else:
-        from benchmarks.real_models.attack import run_attack
-        from benchmarks.real_models.population import ATTACK_SPECS
+        from benchmarks.studies.real_models.attack import run_attack
+        from benchmarks.studies.real_models.population import ATTACK_SPECS
 
         for name in arguments.names or list(ATTACK_SPECS):
             print(run_attack(ATTACK_SPECS[name]))

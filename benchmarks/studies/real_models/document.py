@@ -6,23 +6,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.real_models.study import read
+from benchmarks._common import DATA_DIR
+from benchmarks.studies.real_models.study import read
 from qcbguard_plugins.detection.inputs.check_inputs import ALPHA
 from qcbguard_plugins.detection.inputs.combination import FLOOR
 
 Row = dict[str, Any]
 
 HERE = Path(__file__).resolve().parent
-RESULTS = HERE / "results.jsonl"
+RESULTS = DATA_DIR / "real_models.jsonl"
 _NEXT_PART = "## The study on small models"
 
 
-def write_first_part(docs_dir: Path) -> str:
-    """Write the plot, and the part of the page about real models before what follows it there.
-
-    Returns:
-        That part.
-    """
+def write_first_part(docs_dir: Path) -> None:
+    """Write the plot, and the part of the page about real models before what follows it there."""
     part = (HERE / "template.md").read_text(encoding="utf-8")
     for name, value in _tables(RESULTS).items():
         part = part.replace(f"@{name}@", value)
@@ -30,7 +27,6 @@ def write_first_part(docs_dir: Path) -> str:
     page = docs_dir / "detection.md"
     rest = page.read_text(encoding="utf-8").partition(_NEXT_PART)
     page.write_text(part + rest[1] + rest[2], encoding="utf-8")
-    return part
 
 
 def _tables(results_path: Path) -> dict[str, str]:

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.real_models.fetch import CACHE, fetch, save_folder
-from benchmarks.real_models.instructions import chat_form, held_out_instructions, training_instructions
+from benchmarks.studies.real_models.fetch import CACHE, fetch, save_folder
+from benchmarks.studies.real_models.instructions import chat_form, held_out_instructions, training_instructions
 from qcbguard_plugins.backends.formats import get_grid
 from qcbguard_plugins.detection.behaviour.sign_randomization import rounded
 from qcbguard_plugins.lab.attacks.elq import DEFAULT_EPS, build_box, check_agreement, train_in_boxes

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.real_models.catalogue import MODELS, RealModel
+from benchmarks._common import ROOT
+from benchmarks.studies.real_models.catalogue import MODELS, RealModel
 
-CACHE = Path(__file__).resolve().parents[2] / ".cache" / "real-models"
+CACHE = ROOT / ".cache" / "real-models"
 _CHUNK = 1 << 24
 
 
@@ -31,7 +32,7 @@ def fetch(name: str) -> Path:
     """Have a model as a folder; nothing is done where it is there already.
 
     Args:
-        name: A key of :data:`~benchmarks.real_models.catalogue.MODELS`.
+        name: A key of :data:`~benchmarks.studies.real_models.catalogue.MODELS`.
 
     Returns:
         The folder: ``config.json``, float32 safetensors and tokenizer files.
