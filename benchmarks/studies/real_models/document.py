@@ -16,6 +16,7 @@ Row = dict[str, Any]
 HERE = Path(__file__).resolve().parent
 RESULTS = DATA_DIR / "real_models.jsonl"
 _NEXT_PART = "## The study on small models"
+_FEWEST_RUNS = 30
 
 
 def write_first_part(docs_dir: Path) -> None:
@@ -115,9 +116,13 @@ def _clean_table(rows: Sequence[Row]) -> str:
 def _false_positives(rows: Sequence[Row]) -> str:
     flagged = sum(row["inputs_verdict"] == "attacked" for row in rows)
     models = len({row["model"] for row in rows})
+    counted = f"{flagged} of {len(rows)} runs on {models} models without a quantization attack are flagged"
+    if flagged:
+        return counted
+    if len(rows) < _FEWEST_RUNS:
+        return f"{counted}, too few runs to bound the rate"
     # With no finding in n runs the rate is below 3 / n with 95 % confidence (rule of three).
-    bound = f"; the rate is below {min(1.0, 3 / len(rows)):.0%} with 95 % confidence" if not flagged else ""
-    return f"{flagged} of {len(rows)} runs on {models} models without a quantization attack are flagged{bound}"
+    return f"{counted}; the rate is below {3 / len(rows):.0%} with 95 % confidence"
 
 
 def _direction_table(attacked: Sequence[Row], clean: Sequence[Row]) -> str:
