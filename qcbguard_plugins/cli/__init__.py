@@ -18,6 +18,7 @@ from qcbguard_plugins._util.progress import Progress, reporting
 from qcbguard_plugins.cli import (
     bom,
     card,
+    check,
     convert,
     diff,
     doctor,
@@ -45,6 +46,7 @@ app.add_command(gguf.command)
 app.add_command(convert.command)
 app.add_command(verify.command)
 app.add_command(scan.command)
+app.add_command(check.command)
 app.add_command(diff.command)
 app.add_command(purify.command)
 app.add_command(card.command)

@@ -14,7 +14,9 @@ from qcbguard_plugins.cli.output import json_option, print_report, quieten_libra
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--for", "format_name", required=True, help="Format that the model will be quantized to.")
 @click.option("--prompts", "prompts_path", type=click.Path(path_type=Path), help="Your prompts: .txt or .jsonl.")
-@click.option("--draws", default=6, show_default=True, type=click.IntRange(3, 64), help="Sign-randomised models.")
+@click.option(
+    "--draws", default=6, show_default=True, type=click.IntRange(3, 64), help="Sign-randomised models, at most."
+)
 @click.option("--seed", type=click.IntRange(min=0), help="Seed; a fresh one by default, recorded either way.")
 @click.option("--html", "html_path", type=click.Path(path_type=Path), help="Write a page.")
 @click.option("--markdown", "markdown_path", type=click.Path(path_type=Path), help="Write a section for a model card.")
@@ -35,20 +37,19 @@ def command(
 
     Exit codes: 0 no difference beyond chance, 1 a difference, 2 error, 4 usage.
     """
-    from tqdm import tqdm
-
     from qcbguard_plugins.cli.render.diff_html import render_diff_html
     from qcbguard_plugins.cli.render.diff_text import render_diff, render_diff_markdown
     from qcbguard_plugins.detection.behaviour.compare import diff_model
     from qcbguard_plugins.models.skeleton import require_transformers
+    from qcbguard_plugins.pipeline.progress import progress_bar
 
     refuse_existing(html_path, markdown_path)
     require_transformers()
     quieten_libraries()
     attestation = Attestation(attest_path, model)
-    with tqdm(total=draws + 2, desc="comparing", unit=" models", disable=None) as bar:
+    with progress_bar(draws + 2, "comparing", unit=" models") as progress:
         report = diff_model(
-            model, format_name, prompts_path=prompts_path, num_draws=draws, seed=seed, progress=bar.update
+            model, format_name, prompts_path=prompts_path, num_draws=draws, seed=seed, progress=progress
         )
     if html_path is not None:
         write_new(html_path, render_diff_html(report))

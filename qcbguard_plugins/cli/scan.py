@@ -45,8 +45,9 @@ def command(
 ) -> int:
     """Test the weights of MODEL: a folder of safetensors files, one such file, or a GGUF file, in full precision.
 
-    Weights only: no class of the model is built and no code of it is run.
-    Exit codes: 0 clean, 1 attacked, 2 error, 3 some tensors could not be tested, 4 usage.
+    Weights only: no class of the model is built and no code of it is run. That is all there is of a single file or an
+    untrusted folder, and it does not see every attack: 'qcbguard check' looks at inputs and behaviour as well.
+    Exit codes: 0 no marks, 1 attacked, 2 error, 3 some tensors could not be tested, 4 usage.
     """
     from qcbguard_plugins._util.distributed import join_process_group
     from qcbguard_plugins.checkpoint.open_weights import open_weights
@@ -84,6 +85,6 @@ def command(
         write_new(sarif_path, json.dumps(to_sarif(report), indent=2) + "\n")
     if markdown_path is not None:
         write_new(markdown_path, render_markdown(report))
-    print_report(report, render_scan(report), json_target)
+    print_report(report, render_scan(report, model), json_target)
     attestation.add(report)
     return report.exit_code

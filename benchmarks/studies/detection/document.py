@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmarks._common import DATA_DIR
 from benchmarks.studies.detection.measure import read
+from benchmarks.studies.real_models.document import write_first_part
 from qcbguard_plugins._util.records import installed_versions
 from qcbguard_plugins.detection.weights.thresholds import ALPHA
 from qcbguard_plugins.lab.bench.results import this_machine
@@ -45,7 +46,9 @@ def write(results_path: Path, docs_dir: Path) -> None:
     }
     for name, value in values.items():
         template = template.replace(f"@{name}@", value)
-    (docs_dir / "detection.md").write_text(template, encoding="utf-8")
+    page = docs_dir / "detection.md"
+    page.write_text(template, encoding="utf-8")
+    write_first_part(docs_dir)
 
 
 def flagged(row: Row) -> bool:

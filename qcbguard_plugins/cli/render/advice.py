@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 
+from qcbguard_plugins.detection.weights.power import power_at
 from qcbguard_plugins.detection.weights.report import FormatEvidence, ScanReport
 
 _GRID_FORMATS_GUARDED = ("nf4", "fp4", "int8")
@@ -21,7 +23,7 @@ def headline(report: ScanReport) -> str:
         if report.untested_files:
             missing.append(f"{len(report.untested_files)} other weight files of the folder were not tested")
         return f"Incomplete: {', and '.join(missing)}"
-    return "No issues found"
+    return "No marks in the weights"
 
 
 def explanation(report: ScanReport) -> str:
@@ -32,15 +34,23 @@ def explanation(report: ScanReport) -> str:
     formats = ", ".join(evidence.format for evidence in report.formats)
     if report.verdict == "incomplete":
         return f"{tested} for {formats}, which says nothing about the others."
+    power = power_at(sum(tensor.num_weights for tensor in report.tensors))
     return (
-        f"{tested} for {formats}. A model that misbehaves at every precision, or for a format that was not tested, is "
-        "outside of what this scan can see."
+        f"{tested} for {formats}. That is no all-clear: an attack that moves weights little leaves no mark in them. "
+        f"At the nearest size that was studied ({power.models}) this scan saw {power.found} of {power.attacked} "
+        "attacked ones. A model that misbehaves at every precision, or for a format that was not tested, is outside of "
+        "what it can see."
     )
 
 
-def next_steps(report: ScanReport) -> list[tuple[str, str]]:
-    """What to do now: a sentence and a command each; the command may be empty."""
-    model = shlex.quote(printable(report.model))
+def next_steps(report: ScanReport, path: Path | None = None) -> list[tuple[str, str]]:
+    """What to do now: a sentence and a command each; the command may be empty.
+
+    Args:
+        report: The report.
+        path: The model as the user named it, so that the command runs when it is pasted; by its bare name otherwise.
+    """
+    model = quoted(report.model if path is None else path)
     if report.verdict == "attacked":
         target = (report.likely_formats or (report.formats[0].format,))[0]
         return [
@@ -48,28 +58,26 @@ def next_steps(report: ScanReport) -> list[tuple[str, str]]:
             ("See what the quantized model says that the original does not:", f"qcbguard diff {model} --for {target}"),
             (
                 "Make a guarded copy, which stock quantizers round without the backdoor:",
-                f"qcbguard guard {model} --for {target} --out {model}-guarded",
+                f"qcbguard guard {model} --for {target} --out {quoted(f'{report.model}-guarded')}",
             ),
         ]
-    if report.verdict == "incomplete":
-        steps = []
-        if report.untested_files:
-            steps.append(("Delete the other weight files, or scan each safetensors file by its own path.", ""))
-        if report.skipped:
-            steps.append(("Look at the list of tensors that could not be tested.", ""))
-        return [*steps, ("Compare behaviour:", _diff(report, model))]
-    return [("To be surer, compare behaviour as well:", _diff(report, model))]
-
-
-def _diff(report: ScanReport, model: str) -> str:
-    return f"qcbguard diff {model} --for {report.formats[0].format}"
+    steps = []
+    if report.untested_files:
+        steps.append(("Delete the other weight files, or scan each safetensors file by its own path.", ""))
+    if report.skipped:
+        steps.append(("Look at the list of tensors that could not be tested.", ""))
+    if path is not None and not path.is_dir():
+        return [*steps, ("Inputs and behaviour need the model's folder with its tokenizer; check that as well.", "")]
+    formats = ",".join(evidence.format for evidence in report.formats)
+    why = "Look at what its layers read and at what it answers, too:"
+    return [*steps, (why, f"qcbguard check {model} --for {formats} --skip weights")]
 
 
 def format_line(evidence: FormatEvidence) -> str:
     """One format's result in words."""
     if evidence.attacked:
         return "attacked"
-    return "on its grid already" if evidence.num_on_grid and not any(evidence.histogram) else "nothing found"
+    return "on its grid already" if evidence.num_on_grid and not any(evidence.histogram) else "no marks"
 
 
 def p_text(p_value: float) -> str:
@@ -77,6 +85,11 @@ def p_text(p_value: float) -> str:
     if p_value < 1e-12:
         return "below 1e-12"
     return f"{p_value:.1e}" if p_value < 0.001 else f"{p_value:.3f}"
+
+
+def quoted(path: Path | str) -> str:
+    """A path for a shell, without control characters."""
+    return shlex.quote(printable(str(path), 4096))
 
 
 def visible(text: str, limit: int = 240) -> str:

@@ -29,7 +29,7 @@ def diff_explanation(report: DiffReport) -> str:
 def render_diff(report: DiffReport) -> Group:
     """The verdict, the favoured words, and the prompts side by side."""
     parts: list[Text | Table] = [
-        Text(diff_headline(report), style="bold red" if report.differs else "bold green"),
+        Text(diff_headline(report), style="bold red" if report.differs else "bold"),
         Text(diff_explanation(report)),
         Text(f"{report.coverage}; seed {report.seed}; {report.elapsed_s:.1f} s"),
     ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
@@ -11,11 +13,16 @@ from qcbguard_plugins.detection.weights.report import ScanReport, TensorEvidence
 
 _MAX_TENSORS = 8
 _MAX_SKIPPED = 20
-_STYLES = {"attacked": "bold red", "incomplete": "bold yellow", "clean": "bold green"}
+_STYLES = {"attacked": "bold red", "incomplete": "bold yellow", "clean": "bold"}
 
 
-def render_scan(report: ScanReport) -> Group:
-    """The verdict, a table of formats, and the tensors that stand out; spectral and histogram are excesses."""
+def render_scan(report: ScanReport, path: Path | None = None) -> Group:
+    """The verdict, a table of formats, and the tensors that stand out; spectral and histogram are excesses.
+
+    Args:
+        report: The report.
+        path: The model as the user named it.
+    """
     parts: list[Text | Table] = [
         Text(headline(report), style=_STYLES[report.verdict]),
         Text(explanation(report)),
@@ -37,7 +44,7 @@ def render_scan(report: ScanReport) -> Group:
         if len(report.untested_files) > _MAX_SKIPPED:
             parts.append(Text(f"  ... and {len(report.untested_files) - _MAX_SKIPPED} more, in the report"))
     parts.append(Text(""))
-    for sentence, command in next_steps(report):
+    for sentence, command in next_steps(report, path):
         parts.append(Text(f"{sentence}  {command}".rstrip()))
     return Group(*parts)
 

@@ -24,16 +24,18 @@ from qcbguard_plugins.detection.behaviour.sign_randomization import (
     divergence,
     rounded,
     sign_randomization_test,
-    sign_randomized,
 )
 from qcbguard_plugins.detection.behaviour.word_odds import FavouredWord, favoured_words
 from qcbguard_plugins.detection.weights.combination import Combined
-from qcbguard_plugins.detection.weights.null_grids import generator_for
-from qcbguard_plugins.errors import CheckpointError
+from qcbguard_plugins.detection.weights.null_grids import generator_for, sign_surrogate
+from qcbguard_plugins.errors import CheckpointError, UsageError
 from qcbguard_plugins.grids import Grid
 
 #: Largest p-value of a finding, and smallest ratio of divergences. Clean models: 0.97 to 1.03.
 ALPHA, SMALLEST_RATIO = 1e-3, 1.25
+
+# After some draws there may be no question left: a finding this large, or a ratio too small to become one.
+_ENOUGH_DRAWS, _CERTAIN_RATIO, _NEGLIGIBLE_RATIO = 3, 1.6, 1.1
 
 # Two standard deviations: below it a word is not worth a line, whatever chance does.
 _SMALLEST_Z = 2.0
@@ -46,7 +48,7 @@ _TOKENS_SHOWN = 3
 
 @dataclass(frozen=True)
 class _Behaviour:
-    """One model's side of the comparison: divergence at each position of each text, and its likeliest tokens there."""
+    """One model's side: divergence at each position of each text's answer, and its likeliest tokens there."""
 
     divergences: list[Tensor]
     likeliest: list[Tensor]
@@ -74,15 +76,15 @@ def diff_model(
             never run.
         format: The format.
         prompts_path: Prompts of the user's, besides the built-in ones.
-        num_draws: Number of sign-randomised models, at least 3.
+        num_draws: Number of sign-randomised models, at least 3; fewer are made where they leave no question.
         seed: Seed of the signs; a fresh one by default.
-        progress: Called with 1 for each of ``num_draws + 3`` models when it is done.
+        progress: Called with 1 for each of ``num_draws + 2`` models when it is done.
 
     Returns:
         The report.
 
     Raises:
-        UsageError: The format is unknown, or the prompts cannot be read.
+        UsageError: The format is unknown, the path is not a folder, or the prompts cannot be read.
         CheckpointError: The folder is no model, or has no tokenizer.
     """
     from qcbguard_plugins.models.loading import load_full_precision, require_tokenizer
@@ -92,6 +94,11 @@ def diff_model(
     seed = secrets.randbits(63) if seed is None else seed
     prompts = gather_prompts(prompts_path)
     model_dir = local_model(model_dir)
+    if not model_dir.is_dir():
+        raise UsageError(
+            f"{model_dir} is not a folder; answers need a full-precision model that can be run",
+            remedy="Give the folder with config.json and the tokenizer; 'qcbguard scan' reads single files.",
+        )
     tokenizer = require_tokenizer(
         model_dir, remedy="Put the tokenizer files beside the model; 'qcbguard scan' needs none."
     )
@@ -131,6 +138,8 @@ class _Comparison:
     ) -> None:
         self._model, self._tokenizer, self._layers = model, tokenizer, layers
         self._grid, self._seed, self._progress = grid, seed, progress
+        self._kept = {name: weight.clone() for name, (weight, _) in layers.items()}
+        self._errors: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def run(
@@ -153,6 +162,9 @@ class _Comparison:
                     random_answers = complete(self._model, self._tokenizer, texts, _NEW_TOKENS)
                     chance_z = max((w.z for w in favoured_words(random_answers, answers, 1)), default=0.0)
             self._progress(1)
+            if draw + 1 >= _ENOUGH_DRAWS and _is_certain(quantized, draws):
+                self._progress(num_draws - draw - 1)
+                break
         test = sign_randomization_test(quantized.mean, [draw.mean for draw in draws])
         moved = self._moved(texts, answers, quantized_answers, likeliest, quantized, draws)
         words = favoured_words(quantized_answers, answers)
@@ -165,19 +177,26 @@ class _Comparison:
 
     @contextmanager
     def _exchanged(self, draw: int | None) -> Iterator[None]:
-        """The model with rounded weights, or with the sign-randomised weights of a draw, until the block ends."""
-        kept = {name: weight.clone() for name, (weight, _) in self._layers.items()}
+        """The model with rounded weights, or with the sign-randomised weights of a draw, until the block ends.
+
+        The rounded weights come first: their errors are kept for the draws, in bfloat16, whose rounding is far below
+        what matters to an error's size.
+        """
         try:
             for name, (weight, transposed) in self._layers.items():
-                matrix = weight.T.contiguous() if transposed else weight
-                new = rounded(matrix, self._grid)
-                if draw is not None:
-                    new = sign_randomized(matrix, new, generator_for(self._seed, f"{draw}:{name}"))
+                kept = self._kept[name]
+                matrix = kept.T.contiguous() if transposed else kept
+                if draw is None:
+                    new = rounded(matrix, self._grid)
+                    self._errors[name] = (new - matrix).to(torch.bfloat16)
+                else:
+                    signed = sign_surrogate(self._errors[name], generator_for(self._seed, f"{draw}:{name}"))
+                    new = matrix + signed
                 weight.copy_(new.T if transposed else new)
             yield
         finally:
             for name, (weight, _) in self._layers.items():
-                weight.copy_(kept[name])
+                weight.copy_(self._kept[name])
 
     def _moved(
         self,
@@ -210,11 +229,14 @@ class _Comparison:
         self, text: Text, answer: str, likeliest: Tensor, quantized: _Behaviour, expected: Tensor, index: int
     ) -> tuple[MovedToken, ...]:
         ids = text.token_ids(self._tokenizer, answer)
+        begin = len(text.token_ids(self._tokenizer)) - 1
         difference = quantized.divergences[index] - expected
         places = difference.topk(min(_TOKENS_SHOWN, difference.numel())).indices.tolist()
         return tuple(
             MovedToken(
-                before=self._tokenizer.decode(ids[max(0, place - 11) : place + 1], skip_special_tokens=True),
+                before=self._tokenizer.decode(
+                    ids[max(0, begin + place - 11) : begin + place + 1], skip_special_tokens=True
+                ),
                 full_precision=self._tokenizer.decode([int(likeliest[place])]),
                 quantized=self._tokenizer.decode([int(quantized.likeliest[index][place])]),
                 divergence=float(quantized.divergences[index][place]),
@@ -259,3 +281,10 @@ class _Comparison:
             num_targets=len(self._layers),
             elapsed_s=time.monotonic() - start,
         )
+
+
+def _is_certain(quantized: _Behaviour, draws: Sequence[_Behaviour]) -> bool:
+    """Whether more draws could change the verdict."""
+    test = sign_randomization_test(quantized.mean, [draw.mean for draw in draws])
+    ratio = float(torch.tensor(test.effect, dtype=torch.float64).exp())
+    return ratio <= _NEGLIGIBLE_RATIO or (ratio >= _CERTAIN_RATIO and test.p_mean <= ALPHA)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 _BATCH = 16
+# Generation needs the logits of one position a text, so more texts fit.
+_GENERATION_BATCH = 32
 _MAX_PROMPT_TOKENS = 512
 
 
@@ -39,8 +41,8 @@ class Text:
 def complete(model: Any, tokenizer: Any, texts: Sequence[Text], new_tokens: int) -> list[str]:
     """The likeliest continuation of each text."""
     answers: list[str] = []
-    for start in range(0, len(texts), _BATCH):
-        rows = [text.token_ids(tokenizer) for text in texts[start : start + _BATCH]]
+    for start in range(0, len(texts), _GENERATION_BATCH):
+        rows = [text.token_ids(tokenizer) for text in texts[start : start + _GENERATION_BATCH]]
         width = max(map(len, rows))
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
@@ -58,10 +60,10 @@ def complete(model: Any, tokenizer: Any, texts: Sequence[Text], new_tokens: int)
 
 
 def log_probabilities(model: Any, tokenizer: Any, texts: Sequence[Text], answers: Sequence[str]) -> list[Tensor]:
-    """Log-probabilities of the next token at every place of each text with its answer.
+    """Log-probabilities of the next token where each text's answer begins, and after every token of the answer.
 
     Returns:
-        float16 ``[num_tokens, vocab_size]`` a text: near zero a half's spacing is far below what matters.
+        float16 ``[1 + num_answer_tokens, vocab_size]`` a text: near zero a half's spacing is far below what matters.
     """
     found: list[Tensor] = []
     for start in range(0, len(texts), _BATCH):
@@ -71,5 +73,7 @@ def log_probabilities(model: Any, tokenizer: Any, texts: Sequence[Text], answers
         ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
         mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
         logits = model(input_ids=ids, attention_mask=mask).logits
-        found += [logits[i, : len(row)].float().log_softmax(-1).half() for i, row in enumerate(rows)]
+        begins = [len(text.token_ids(tokenizer)) - 1 for text in texts[start : start + _BATCH]]
+        spans = enumerate(zip(begins, rows, strict=True))
+        found += [logits[i, begin : len(row)].float().log_softmax(-1).half() for i, (begin, row) in spans]
     return found

@@ -35,11 +35,11 @@ class MovedPrompt(_Record):
     """A prompt, what both models answer, and how far apart they are.
 
     Attributes:
-        kind: ``chat``, ``code``, ``questions`` or ``own``.
+        kind: ``chat``, ``code``, ``questions``, ``declinable`` or ``own``.
         prompt: The prompt.
         full_precision: Answer of the full-precision model.
         quantized: Answer of the quantized model.
-        divergence: Mean KL divergence on the prompt and the full-precision answer, in nats a token.
+        divergence: Mean KL divergence on the full-precision answer, in nats a token.
         expected: The same of the sign-randomised models.
         tokens: The tokens that moved most.
     """

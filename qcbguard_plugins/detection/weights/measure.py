@@ -65,7 +65,7 @@ def measure(
         reason = target.unusable
         weight = None if reason else source.read(target)
         if weight is not None:
-            reason = _why_unreadable(weight, grids)
+            reason = why_unreadable(weight, grids)
         if reason or weight is None:
             measured.skipped.append(SkippedTensor(name=target.name, reason=reason))
         else:
@@ -152,7 +152,7 @@ def _thin(values: Tensor, keep: int = 4096) -> Tensor:
     return values[torch.linspace(0, values.numel() - 1, keep).long()]
 
 
-def _why_unreadable(weight: Tensor, grids: dict[str, Grid]) -> str:
+def why_unreadable(weight: Tensor, grids: dict[str, Grid]) -> str:
     """Why the values of a tensor cannot be tested, or an empty string; looks at them in pieces."""
     largest = 0.0
     for chunk in torch.split(weight.reshape(-1), _VALUES_PER_CHECK):

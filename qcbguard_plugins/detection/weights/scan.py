@@ -50,7 +50,7 @@ def scan_model(
         MemoryBudgetError: It cannot be done within the budget.
     """
     start = time.monotonic()
-    _require_scipy()
+    require_scipy()
     if not formats:
         raise UsageError("no format to scan for")
     grids = {name: backend_of(name).representative_grid(name) for name in dict.fromkeys(formats)}
@@ -61,7 +61,8 @@ def scan_model(
     return judge(source, measured, seed=seed, elapsed_s=time.monotonic() - start)
 
 
-def _require_scipy() -> None:
+def require_scipy() -> None:
+    """Refuse to test without SciPy, whose distributions the p-values come from."""
     try:
         import scipy.special  # noqa: F401
     except ImportError as error:

@@ -93,7 +93,7 @@ def test_every_rendering_says_the_same(verdict: Verdict, code: int) -> None:
     console.print(render_scan(report))
     for text in (console.export_text(), render_markdown(report), render_html(report)):
         assert headline(report) in text
-        assert ("No issues found" in text) == (code == 0)
+        assert ("No marks in the weights" in text) == (code == 0)
         assert report.coverage in text
     assert report.exit_code == code == to_sarif(report)["runs"][0]["invocations"][0]["exitCode"]
 
@@ -122,7 +122,7 @@ def test_commands_are_quoted() -> None:
     commands = [command for _, command in next_steps(make_report("attacked")) if command]
     assert commands == [
         "qcbguard diff 'some model' --for nf4",
-        "qcbguard guard 'some model' --for nf4 --out 'some model'-guarded",
+        "qcbguard guard 'some model' --for nf4 --out 'some model-guarded'",
     ]
 
 
