@@ -104,8 +104,9 @@ def test_one_version_everywhere() -> None:
 
 # Terms that readers met before they were explained, and the words of reports.
 TERMS = (
-    "ELQ, QCB, box, code, grid, KL divergence, draw, plan, as planned, twin, chosen, NF4, perplexity, precaution, "
-    "floor, budget, width, cell, position, calibration, error feedback, dither, manifest, coverage, target, format, payload"
+    "ELQ, QCB, box, code, grid, KL divergence, draw, plan, as planned, twin, chosen, NF4, perplexity, "
+    "precaution, floor, budget, width, cell, position, calibration, error feedback, dither, manifest, "
+    "coverage, target, format, payload"
 )
 
 
