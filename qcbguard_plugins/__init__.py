@@ -1,4 +1,4 @@
-"""Takes quantization-conditioned backdoors out of a model before the stock quantizer sees its weights.
+"""Finds and removes backdoors that switch on only when a model is quantized.
 
 Importing the package starts nothing heavy: each name below is loaded when it is first used.
 """

@@ -1,1 +1,1 @@
-"""What writes pages of the documentation from results."""
+"""What writes pages of the documentation, and what keeps README and pages true: code, tables, pictures."""

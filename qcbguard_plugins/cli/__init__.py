@@ -38,7 +38,7 @@ from qcbguard_plugins.errors import QcbguardError, UsageError
 @click.group(no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="qcbguard-plugins", prog_name="qcbguard")
 def app() -> None:
-    """Takes quantization-conditioned backdoors out of a model before the stock quantizer sees its weights."""
+    """Find and remove backdoors that switch on only when a model is quantized."""
 
 
 app.add_command(guard.command)

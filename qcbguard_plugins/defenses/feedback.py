@@ -54,10 +54,10 @@ class Feedback(Defense):
     1/2 rounding is unbiased; at 0 it is plain rounding with feedback. Columns with the largest inputs come first. Rows
     do not depend on each other.
 
-    Of each row several draws are made side by side, which differ by what they have compensated. At every column they
-    round up as often as they would alone, on average, and those go up that lie nearest to the upper neighbour: what
-    one draw has compensated serves the others as a dither, at nearly the cost of rounding to nearest. At ``width`` 1/2
-    one of them is kept by lot, else the best of some.
+    Several candidate roundings (draws) of each row are kept side by side. At every column they together round up as
+    often as independent coins would, but those round up whose weight is closest to the upper level. Their differences
+    act as the noise, so little extra noise is needed. At ``width`` 1/2 one of them is kept at random, else the best of
+    some.
 
     Attributes:
         width: Half-width of the dither in steps, in [0, 0.5]; ``"auto"`` chooses it for each tensor, see
@@ -206,10 +206,10 @@ class _Problem:
         return compared[quadratic_cost(self.points(compared) - self.weight, hessian)[..., 0].argmin(dim=0), every_row]
 
     def round(self, uniform: Tensor, width: float, num_draws: int) -> Tensor:
-        """Codes of some draws that know of each other.
+        """Codes of several candidate roundings, chosen together.
 
-        At each column the draws of a row differ by what they have compensated. Together they round up as much as they
-        would on their own, on average, but those go up that lie nearest to the upper neighbour.
+        The draws of a row differ by the errors that they have compensated. Together they round up as often as
+        independent coins would, but those round up whose weight is closest to the upper level.
 
         Args:
             uniform: float32 ``[out_features, in_features]``, one random number in [0, 1) for all draws of a weight.

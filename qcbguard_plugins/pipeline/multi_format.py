@@ -73,7 +73,8 @@ def errors_left(weight: Tensor, guarded: Tensor, grid: Grid) -> list[tuple[float
     weight: beside a much coarser first grid it would be lost in the noise of the former.
 
     Returns:
-        Twice the coefficient of the original error and the standard deviation that independent errors would give it.
+        Two pairs ``(share, standard_error)``: how much of the original rounding error is left in the total change, and
+        how much in the quantizer's own rounding.
     """
     original, offered = grid.read(weight), grid.read(guarded)
     error = grid.stored_values(weight) - original

@@ -1,10 +1,9 @@
 """Guard a weight for llama.cpp's quantizer, so that the choices are stored.
 
-The weight handed over consists of grid points. A quantizer with a formula stores them as planned. One that searches for
-its scales usually finds the planned ones again, because they fit without an error. Where it settles on others and
-stores a weight elsewhere, the weights of that block are moved by half of what it misses them by, and it is asked again;
-of all answers the one nearest to the choice counts. What it stores for that *is* the plan; what differs from the
-method's choice is counted as not as_planned.
+The weight handed over consists of grid points. A quantizer with a formula stores them as planned. K-quants search for
+their scales, so a weight on a grid point is not always stored as that point. Quantize, compare, move the weights of a
+wrong block by half the difference, try again; the closest result becomes the plan. Codes that still differ from the
+method's choice are counted in the report.
 """
 
 from __future__ import annotations
