@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -60,9 +61,10 @@ def main() -> int:
         notebook = execute(Path(folder))
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
-        if "outputs" in cell:
-            # Progress bars and notices are of one run only.
-            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+        if cell.get("outputs"):
+            # Notices and progress bars, which end by a return to the start of the line, are of one run only.
+            text = "".join(output["text"] for output in cell.outputs if output.get("name") == "stdout")
+            cell.outputs = [nbformat.v4.new_output("stream", name="stdout", text=re.sub(r"[^\n]*\r(?!\n)", "", text))]
     nbformat.write(notebook, TUTORIAL)
     return 0
 

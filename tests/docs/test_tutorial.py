@@ -13,11 +13,13 @@ pytest.importorskip("ipykernel", reason="the tutorial needs ipykernel: pip insta
 
 @pytest.mark.slow
 def test_the_tutorial_shows_the_attack_and_its_end(tmp_path: Path) -> None:
-    from benchmarks.pages.notebook import execute, shares
+    from benchmarks.pages.notebook import execute, printed, shares
 
     start = time.process_time()
     notebook = execute(tmp_path)
     assert time.process_time() - start < 300
+    assert "exit code 1" in printed(notebook, "scan")
+    assert "stores the planned codes" in printed(notebook, "verify")
     measured = shares(notebook)
     assert measured["stock NF4"] >= 0.9
     assert abs(measured["guarded NF4"] - measured["full precision"]) <= 0.1
