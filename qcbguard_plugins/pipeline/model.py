@@ -131,8 +131,10 @@ def _in_memory(model: Any, target: Target) -> Target:
 
 
 def _save_with_manifest(model: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-    """The model's own ``save_pretrained``, and the manifest beside what it wrote."""
+    """The model's own ``save_pretrained``, and the manifest beside what it wrote, unless a quantizer came between."""
     type(model).save_pretrained(model, save_directory, *args, **kwargs)
+    if getattr(model.config, "quantization_config", None) is not None:
+        return
     report: GuardReport = getattr(model, _REPORT)
     checkpoint = open_checkpoint(Path(save_directory))
     keys = parameter_keys(build_skeleton(model.config), checkpoint.tensors)
