@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_ROUNDING = 1e-5
+
 
 @dataclass(frozen=True)
 class Alignment:
@@ -54,5 +56,7 @@ def alignment(error: Tensor, directions: Tensor) -> Alignment:
     squares, direction_squares = error.square(), directions.square()
     expected = (squares @ direction_squares).double()
     fourth = (squares.square() @ direction_squares.square()).double()
-    variance = 2 * (expected.square() - fourth).clamp(min=0)
+    # Where one input is all there is, the difference is float32's rounding and not a spread.
+    spread = expected.square() - fourth
+    variance = 2 * spread.where(spread > _ROUNDING * expected.square(), 0.0)
     return Alignment(moved.double().square().sum(0), expected.sum(0), variance.sum(0))
