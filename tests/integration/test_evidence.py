@@ -135,7 +135,7 @@ def test_a_signed_guarded_folder_is_refused_by_both_when_it_is_tampered_with(cop
     report = verify_checkpoint(guarded)
     assert attest(report, guarded)["predicate"]["properties"] == []
     with pytest.raises(CheckpointError, match="its weights are others"):
-        attest(report.model_copy(update={"tensors": (), "changed_files": ()}), guarded)
+        attest(report.model_copy(update={"tensors": (), "changed_files": (), "folder_problems": ()}), guarded)
 
     (guarded / "model.safetensors").write_bytes(whole)
     keys.check(guarded, guarded / "model.sig")
@@ -165,6 +165,7 @@ def test_a_card_keeps_the_old_one_and_moves_the_claims(copy: Path, capsys: pytes
     first = (guarded / "README.md").read_bytes()
     assert run("card", guarded, *evidence, "--base-model", "Org/Base") == 0
     assert (guarded / "README.md").read_bytes() == first
+    assert run("verify", guarded) == 0
 
 
 def test_a_bill_of_materials_is_valid_and_whole(copy: Path) -> None:

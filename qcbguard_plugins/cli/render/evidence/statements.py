@@ -165,7 +165,13 @@ def _parameters(report: GuardReport | PurifyReport) -> tuple[dict[str, Any], dic
         "calibration": report.calibration,
         "unguarded": list(report.unguarded),
     }
-    internal = {"coverage": report.coverage, "toolchain": report.toolchain, "codesSha256": report.codes_sha256}
+    uncovered = [tensor.name for tensor in report.uncovered]
+    internal = {
+        "coverage": report.coverage,
+        "uncovered": uncovered,
+        "toolchain": report.toolchain,
+        "codesSha256": report.codes_sha256,
+    }
     return external, internal
 
 
@@ -183,7 +189,7 @@ def _dependencies(report: GuardReport | PurifyReport, base: Subject | None) -> l
 
 
 def _verification(report: VerifyReport, policy: dict[str, Any]) -> dict[str, Any]:
-    whole = bool(report.tensors) and report.clean and not report.unguarded
+    whole = bool(report.tensors) and report.clean and report.is_complete
     properties = [AS_PLANNED, *(f"{AS_PLANNED}:{name}" for name in report.formats)] if whole else []
     return {
         "verifier": {"id": f"{_PURL}@{_version(report.versions)}", "policies": [policy]},
