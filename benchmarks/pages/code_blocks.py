@@ -84,11 +84,12 @@ class Command:
 
 
 def pages() -> list[str]:
-    """Every page with code for readers, relative to the repository."""
+    """Every page with code for readers, relative to the repository; a model card is about the folder that it lies in."""
     found = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")]
     for folder in ("docs", "integrations", "examples"):
         found += sorted((ROOT / folder).rglob("*.md"))
-    return [path.relative_to(ROOT).as_posix() for path in found if path.is_file()]
+    pages = [path.relative_to(ROOT).as_posix() for path in found if path.is_file()]
+    return [page for page in pages if page != "examples/evidence/README.md"]
 
 
 def blocks_of(page: str) -> list[Block]:

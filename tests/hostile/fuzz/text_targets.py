@@ -74,7 +74,7 @@ def _cache_record(folder: Path) -> Prepared:
     from qcbguard_plugins.pipeline.settings import Guard
     from tests.hostile.fuzz.folder_targets import unchanged_record
 
-    content = {"seed": 7, "tensors": [unchanged_record("a.weight").model_dump()]}
+    content = {"seed": 7, "tensors": [unchanged_record("a.weight").model_dump()], "sources": {"a.weight": "0" * 32}}
     return Prepared(folder / "guarded.json", [json.dumps(content).encode()], lambda path: _open(path.parent, Guard()))
 
 
