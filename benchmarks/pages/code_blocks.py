@@ -84,7 +84,7 @@ class Command:
 
 
 def pages() -> list[str]:
-    """Every page with code for readers, relative to the repository; a model card is about the folder that it lies in."""
+    """Every page with code for readers, relative to the repository. A model card is about the folder around it."""
     found = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")]
     for folder in ("docs", "integrations", "examples"):
         found += sorted((ROOT / folder).rglob("*.md"))
