@@ -8,8 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from qcbguard_plugins._util.records import installed_versions, now
-from qcbguard_plugins.backends.formats import backend_of
+from qcbguard_plugins.backends.formats import backend_of, versions
 from qcbguard_plugins.checkpoint.open_weights import open_weights
 from qcbguard_plugins.detection.behaviour.report import DiffReport
 from qcbguard_plugins.detection.check_report import STEPS, CheckReport, StepReport, Verdict
@@ -121,8 +120,7 @@ def check_model(
             with bar(name, work[name]) as report:
                 steps.append(_made(name, run, report))
     return CheckReport(
-        created=now(),
-        versions=installed_versions(),
+        versions=versions(),
         model=source.name,
         formats=tuple(formats),
         verdict=_verdict(steps),

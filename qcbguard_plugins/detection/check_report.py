@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from qcbguard_plugins._util.records import Record, Report
 from qcbguard_plugins.detection.behaviour.report import DiffReport
 from qcbguard_plugins.detection.inputs.report import InputReport
 from qcbguard_plugins.detection.weights.report import ScanReport
@@ -19,11 +20,7 @@ Verdict = Literal["attacked", "incomplete", "nothing found"]
 StepStatus = Literal["finding", "nothing", "incomplete", "failed", "skipped"]
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class StepReport(_Record):
+class StepReport(Record):
     """One step.
 
     Attributes:
@@ -42,7 +39,7 @@ class StepReport(_Record):
     elapsed_s: float = Field(ge=0)
 
 
-class CheckReport(_Record):
+class CheckReport(Report):
     """What all steps together say.
 
     Attributes:
@@ -57,8 +54,6 @@ class CheckReport(_Record):
 
     schema_version: Literal[1] = CHECK_SCHEMA_VERSION
     kind: Literal["check"] = "check"
-    created: str
-    versions: dict[str, str]
     model: str
     formats: tuple[str, ...]
     verdict: Verdict

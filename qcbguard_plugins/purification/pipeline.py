@@ -12,7 +12,7 @@ from typing import Any, Final, TypeVar
 import torch
 
 from qcbguard_plugins._util.memory_peak import with_peak_bytes
-from qcbguard_plugins._util.records import installed_versions, now
+from qcbguard_plugins.backends.formats import versions
 from qcbguard_plugins.checkpoint import FolderStaging, hash_file, resumable_folder
 from qcbguard_plugins.checkpoint.manifest import FileRecord
 from qcbguard_plugins.checkpoint.purification_note import PURIFICATION_FILE
@@ -193,7 +193,7 @@ def purify_planned(plan: PurifyPlan, out: Path | str, *, progress: StepDone | No
         "architecture": subject.architecture.name,
         "clean_data": [record.sha256 for record in plan.data],
         "model": str(subject.model_dir.resolve()),
-        "versions": installed_versions(),
+        "versions": versions(),
     }
     stages: list[StageRecord] = []
     with resumable_folder(Path(out), subject.checkpoint, request) as staging:
@@ -214,8 +214,7 @@ def purify_planned(plan: PurifyPlan, out: Path | str, *, progress: StepDone | No
         staging.folder.mkdir()
         left_out = subject.save(model, staging.folder)
         report = PurifyReport(
-            created=now(),
-            versions=installed_versions(),
+            versions=versions(),
             source=subject.checkpoint.path.resolve().name,
             mode=subject.mode,
             architecture=subject.architecture.name,

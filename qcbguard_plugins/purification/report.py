@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from qcbguard_plugins._util.records import Record
+from qcbguard_plugins._util.records import Record, Report
 from qcbguard_plugins.checkpoint.manifest import FileRecord
 from qcbguard_plugins.checkpoint.purification_note import PURIFICATION_FILE, purification_errors
 
@@ -72,13 +72,11 @@ class DataRecord(Record):
     sha256: str
 
 
-class PurifyReport(Record):
+class PurifyReport(Report):
     """What a purification did."""
 
     schema_version: Literal[1] = 1
     kind: Literal["purify"] = "purify"
-    created: str
-    versions: dict[str, str]
     source: str
     mode: Literal["model", "adapter"]
     architecture: str

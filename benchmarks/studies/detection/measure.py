@@ -17,7 +17,7 @@ from qcbguard_plugins.checkpoint.weight_source import SourceTensor, WeightSource
 from qcbguard_plugins.detection.weights.measure import measure
 from qcbguard_plugins.detection.weights.scan import DEFAULT_FORMATS
 from qcbguard_plugins.detection.weights.thresholds import outlier_p
-from qcbguard_plugins.detection.weights.verdict import judge
+from qcbguard_plugins.detection.weights.verdict import conclude
 
 _SEED = 20260
 
@@ -50,7 +50,7 @@ def figures(specimen: Specimen) -> dict[str, Any]:
     tensors = [SourceTensor(name, tuple(w.shape), w.dtype) for name, w in specimen.weights.items()]
     source = WeightSource(specimen.name, Path(), "memory", tuple(tensors), 0, 0, lambda name: specimen.weights[name])
     measured = measure(source, {name: get_grid(name) for name in DEFAULT_FORMATS}, _SEED)
-    report = judge(source, measured, seed=_SEED, elapsed_s=0.0)
+    report = conclude(source, measured, seed=_SEED, elapsed_s=0.0)
     return {
         "name": specimen.name,
         "commit": commit(),

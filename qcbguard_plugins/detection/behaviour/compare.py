@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qcbguard_plugins._util.records import installed_versions, now
-from qcbguard_plugins.backends.formats import get_grid
+from qcbguard_plugins.backends.formats import get_grid, versions
 from qcbguard_plugins.checkpoint.hub import display_name, local_model
 from qcbguard_plugins.checkpoint.weight_source import is_target
-from qcbguard_plugins.detection.behaviour.generation import Text, complete, log_probabilities
+from qcbguard_plugins.detection.behaviour.generation import Prompt, generate_greedy, log_probabilities
 from qcbguard_plugins.detection.behaviour.prompts import forms_of, gather_prompts
 from qcbguard_plugins.detection.behaviour.report import DiffReport, MovedPrompt, MovedToken, Word
 from qcbguard_plugins.detection.behaviour.sign_randomization import (
@@ -145,21 +144,21 @@ class _Comparison:
     def run(
         self, prompts: Sequence[tuple[str, str]], num_draws: int, start: float, name: str, format: str
     ) -> DiffReport:
-        texts = [Text(kind, prompt, form) for kind, prompt in prompts for form in forms_of(prompt, self._tokenizer)]
-        answers = complete(self._model, self._tokenizer, texts, _NEW_TOKENS)
+        texts = [Prompt(kind, prompt, form) for kind, prompt in prompts for form in forms_of(prompt, self._tokenizer)]
+        answers = generate_greedy(self._model, self._tokenizer, texts, _NEW_TOKENS)
         reference = log_probabilities(self._model, self._tokenizer, texts, answers)
         likeliest = [row.argmax(-1) for row in reference]
         self._progress(1)
         with self._exchanged(None):
             quantized = self._behaviour(texts, answers, reference)
-            quantized_answers = complete(self._model, self._tokenizer, texts, _NEW_TOKENS)
+            quantized_answers = generate_greedy(self._model, self._tokenizer, texts, _NEW_TOKENS)
         self._progress(1)
         draws, chance_z = [], 0.0
         for draw in range(num_draws):
             with self._exchanged(draw):
                 draws.append(self._behaviour(texts, answers, reference))
                 if draw == 0:
-                    random_answers = complete(self._model, self._tokenizer, texts, _NEW_TOKENS)
+                    random_answers = generate_greedy(self._model, self._tokenizer, texts, _NEW_TOKENS)
                     chance_z = max((w.z for w in favoured_words(random_answers, answers, 1)), default=0.0)
             self._progress(1)
             if draw + 1 >= _ENOUGH_DRAWS and _is_certain(quantized, draws):
@@ -170,7 +169,7 @@ class _Comparison:
         words = favoured_words(quantized_answers, answers)
         return self._report(test, quantized, draws, words, chance_z, moved, start, name, format)
 
-    def _behaviour(self, texts: Sequence[Text], answers: Sequence[str], reference: Sequence[Tensor]) -> _Behaviour:
+    def _behaviour(self, texts: Sequence[Prompt], answers: Sequence[str], reference: Sequence[Tensor]) -> _Behaviour:
         own = log_probabilities(self._model, self._tokenizer, texts, answers)
         pairs = zip(reference, own, strict=True)
         return _Behaviour([divergence(theirs, ours) for theirs, ours in pairs], [row.argmax(-1) for row in own])
@@ -200,7 +199,7 @@ class _Comparison:
 
     def _moved(
         self,
-        texts: Sequence[Text],
+        texts: Sequence[Prompt],
         answers: Sequence[str],
         quantized_answers: Sequence[str],
         likeliest: Sequence[Tensor],
@@ -226,7 +225,7 @@ class _Comparison:
         return list(shown.values())
 
     def _tokens(
-        self, text: Text, answer: str, likeliest: Tensor, quantized: _Behaviour, expected: Tensor, index: int
+        self, text: Prompt, answer: str, likeliest: Tensor, quantized: _Behaviour, expected: Tensor, index: int
     ) -> tuple[MovedToken, ...]:
         ids = text.token_ids(self._tokenizer, answer)
         begin = len(text.token_ids(self._tokenizer)) - 1
@@ -259,8 +258,7 @@ class _Comparison:
     ) -> DiffReport:
         ratio = float(torch.tensor(test.effect, dtype=torch.float64).exp())
         return DiffReport(
-            created=now(),
-            versions=installed_versions(),
+            versions=versions(),
             model=name,
             format=format,
             seed=self._seed,

@@ -16,7 +16,7 @@ _MAX_PROMPT_TOKENS = 512
 
 
 @dataclass(frozen=True)
-class Text:
+class Prompt:
     """A prompt in the form in which it is put to a model.
 
     Attributes:
@@ -38,7 +38,7 @@ class Text:
         return ids + (tokenizer(answer, add_special_tokens=False)["input_ids"] if answer else [])
 
 
-def complete(model: Any, tokenizer: Any, texts: Sequence[Text], new_tokens: int) -> list[str]:
+def generate_greedy(model: Any, tokenizer: Any, texts: Sequence[Prompt], new_tokens: int) -> list[str]:
     """The likeliest continuation of each text."""
     answers: list[str] = []
     for start in range(0, len(texts), _GENERATION_BATCH):
@@ -59,7 +59,7 @@ def complete(model: Any, tokenizer: Any, texts: Sequence[Text], new_tokens: int)
     return answers
 
 
-def log_probabilities(model: Any, tokenizer: Any, texts: Sequence[Text], answers: Sequence[str]) -> list[Tensor]:
+def log_probabilities(model: Any, tokenizer: Any, texts: Sequence[Prompt], answers: Sequence[str]) -> list[Tensor]:
     """Log-probabilities of the next token where each text's answer begins, and after every token of the answer.
 
     Returns:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from typing import Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from qcbguard_plugins._util.records import Record, Report
 
 DIFF_SCHEMA_VERSION: Final = 1
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class MovedToken(_Record):
+class MovedToken(Record):
     """A place in a text where the two models disagree most.
 
     Attributes:
@@ -31,7 +29,7 @@ class MovedToken(_Record):
     expected: float
 
 
-class MovedPrompt(_Record):
+class MovedPrompt(Record):
     """A prompt, what both models answer, and how far apart they are.
 
     Attributes:
@@ -53,7 +51,7 @@ class MovedPrompt(_Record):
     tokens: tuple[MovedToken, ...]
 
 
-class Word(_Record):
+class Word(Record):
     """A word that the quantized model favours, with its counts over answers and its z-score."""
 
     word: str
@@ -62,7 +60,7 @@ class Word(_Record):
     z: float
 
 
-class DiffReport(_Record):
+class DiffReport(Report):
     """How the quantized model's behaviour differs from the full-precision model's.
 
     Attributes:
@@ -82,8 +80,6 @@ class DiffReport(_Record):
 
     schema_version: Literal[1] = DIFF_SCHEMA_VERSION
     kind: Literal["diff"] = "diff"
-    created: str
-    versions: dict[str, str]
     model: str
     format: str
     seed: int

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from qcbguard_plugins._util.memory import budget_or_available
-from qcbguard_plugins._util.records import installed_versions, now
-from qcbguard_plugins.backends.formats import backend_of, fitting_grid
+from qcbguard_plugins.backends.formats import backend_of, fitting_grid, versions
 from qcbguard_plugins.checkpoint import Checkpoint, open_checkpoint
 from qcbguard_plugins.checkpoint.open_weights import open_weights
 from qcbguard_plugins.checkpoint.weight_source import SourceTensor, WeightSource
@@ -127,8 +126,7 @@ def check_inputs(
     found = tuple(_judge(name, part, len(grids)) for name, part in measured.items())
     attacked = any(part.attacked for part in found)
     return InputReport(
-        created=now(),
-        versions=installed_versions(),
+        versions=versions(),
         model=source.name,
         verdict="attacked" if attacked else "incomplete" if skipped else "clean",
         p_value=min(part.p_value for part in found),

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from typing import Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from qcbguard_plugins._util.records import Record, Report
 
 INPUT_SCHEMA_VERSION: Final = 1
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class DirectionEvidence(_Record):
+class DirectionEvidence(Record):
     """One direction on one format.
 
     Attributes:
@@ -37,7 +35,7 @@ class DirectionEvidence(_Record):
     block_p: float = Field(ge=0, le=1)
 
 
-class FormatInputs(_Record):
+class FormatInputs(Record):
     """All directions on one format.
 
     Attributes:
@@ -63,14 +61,14 @@ class FormatInputs(_Record):
     directions: tuple[DirectionEvidence, ...]
 
 
-class UntestedLayer(_Record):
+class UntestedLayer(Record):
     """A layer that a quantizer would round and that could not be tested."""
 
     name: str
     reason: str
 
 
-class InputReport(_Record):
+class InputReport(Report):
     """What the layers' inputs tell about the rounding errors.
 
     Attributes:
@@ -85,8 +83,6 @@ class InputReport(_Record):
 
     schema_version: Literal[1] = INPUT_SCHEMA_VERSION
     kind: Literal["inputs"] = "inputs"
-    created: str
-    versions: dict[str, str]
     model: str
     verdict: Literal["clean", "attacked", "incomplete"]
     p_value: float = Field(ge=0, le=1)

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from typing import Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from qcbguard_plugins._util.records import Record, Report
 
 SCAN_SCHEMA_VERSION: Final = 1
 
 Verdict = Literal["clean", "attacked", "incomplete"]
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class TensorEvidence(_Record):
+class TensorEvidence(Record):
     """One tensor on one format.
 
     Attributes:
@@ -37,7 +35,7 @@ class TensorEvidence(_Record):
     residual_p: float = Field(ge=0, le=1)
 
 
-class ScannedTensor(_Record):
+class ScannedTensor(Record):
     """One tensor, whatever the format.
 
     Attributes:
@@ -65,7 +63,7 @@ class ScannedTensor(_Record):
     layer_distance: float
 
 
-class TestEvidence(_Record):
+class TestEvidence(Record):
     """One test over all tensors.
 
     Attributes:
@@ -81,7 +79,7 @@ class TestEvidence(_Record):
     p_value: float = Field(ge=0, le=1)
 
 
-class FormatEvidence(_Record):
+class FormatEvidence(Record):
     """All tensors on one format.
 
     Attributes:
@@ -109,14 +107,14 @@ class FormatEvidence(_Record):
     peak_margin: float
 
 
-class SkippedTensor(_Record):
+class SkippedTensor(Record):
     """A tensor that a quantizer would round and that could not be tested."""
 
     name: str
     reason: str
 
 
-class UntestedFile(_Record):
+class UntestedFile(Record):
     """A file beside the tested ones that holds weights too.
 
     Attributes:
@@ -128,7 +126,7 @@ class UntestedFile(_Record):
     taken_by: str
 
 
-class ScanReport(_Record):
+class ScanReport(Report):
     """What a scan found out.
 
     Attributes:
@@ -145,8 +143,6 @@ class ScanReport(_Record):
 
     schema_version: Literal[1] = SCAN_SCHEMA_VERSION
     kind: Literal["scan"] = "scan"
-    created: str
-    versions: dict[str, str]
     model: str
     file_kind: str
     verdict: Verdict

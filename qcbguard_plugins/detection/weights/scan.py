@@ -13,7 +13,7 @@ from qcbguard_plugins.checkpoint.open_weights import open_weights
 from qcbguard_plugins.detection.weights.budget import require_room_for_scan
 from qcbguard_plugins.detection.weights.measure import MAX_WEIGHTS, measure
 from qcbguard_plugins.detection.weights.report import ScanReport
-from qcbguard_plugins.detection.weights.verdict import judge
+from qcbguard_plugins.detection.weights.verdict import conclude
 from qcbguard_plugins.errors import MissingDependencyError, UsageError
 
 DEFAULT_FORMATS = ("nf4", "fp4", "int8")
@@ -58,7 +58,7 @@ def scan_model(
     source = open_weights(path)
     require_room_for_scan(source, grids.values(), max_weights, budget_bytes)
     measured = measure(source, grids, seed, max_weights, progress, group)
-    return judge(source, measured, seed=seed, elapsed_s=time.monotonic() - start)
+    return conclude(source, measured, seed=seed, elapsed_s=time.monotonic() - start)
 
 
 def require_scipy() -> None:

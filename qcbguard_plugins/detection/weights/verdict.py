@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qcbguard_plugins._util.records import installed_versions, now
+from qcbguard_plugins.backends.formats import versions
 from qcbguard_plugins.detection.weights import residual
 from qcbguard_plugins.detection.weights.combination import Combined, combine
 from qcbguard_plugins.detection.weights.report import (
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 _TESTS_PER_FORMAT = 2
 
 
-def judge(source: WeightSource, measured: Measurements, *, seed: int, elapsed_s: float) -> ScanReport:
+def conclude(source: WeightSource, measured: Measurements, *, seed: int, elapsed_s: float) -> ScanReport:
     """Combine the tensors' evidence, correct it for everything that was tried, and name what it looks like."""
     from qcbguard_plugins.detection.weights.measure import scanned_tensor
 
@@ -55,8 +55,7 @@ def judge(source: WeightSource, measured: Measurements, *, seed: int, elapsed_s:
     complete = not measured.skipped and not source.passed_over
     verdict: Verdict = "attacked" if likely_family else "clean" if complete else "incomplete"
     return ScanReport(
-        created=now(),
-        versions=installed_versions(),
+        versions=versions(),
         model=source.name,
         file_kind=source.kind,
         verdict=verdict,

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from qcbguard_plugins._util.records import Record, installed_versions, now
+from qcbguard_plugins._util.records import Report
+from qcbguard_plugins.backends.formats import versions
 from qcbguard_plugins.errors import CheckpointError, UsageError
 from qcbguard_plugins.lab.bench.brand import BrandInjection
 from qcbguard_plugins.lab.bench.defense_specs import parse_defense
@@ -22,13 +23,11 @@ if TYPE_CHECKING:
     pass
 
 
-class EvaluationReport(Record):
+class EvaluationReport(Report):
     """One folder, measured."""
 
     schema_version: Literal[1] = 1
     kind: Literal["lab-evaluation"] = "lab-evaluation"
-    created: str
-    versions: dict[str, str]
     machine: Machine
     scenario: str
     cells: list[Cell]
@@ -106,8 +105,7 @@ def evaluate_folder(
             cells.append(Cell(place=place, measurement=found))
             progress(1)
     return EvaluationReport(
-        created=now(),
-        versions=installed_versions(),
+        versions=versions(),
         machine=this_machine(),
         scenario=exam.scenario.name,
         cells=cells,

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from qcbguard_plugins._util.records import Record
+from qcbguard_plugins._util.records import Record, Report
 from qcbguard_plugins.lab.evaluation import Measurement
 
 #: What the table calls a model in full precision, and plain rounding.
@@ -90,13 +90,11 @@ class Machine(Record):
     commit: str
 
 
-class BenchReport(Record):
+class BenchReport(Report):
     """All that a benchmark found."""
 
     schema_version: Literal[1] = 1
     kind: Literal["lab-bench"] = "lab-bench"
-    created: str
-    versions: dict[str, str]
     machine: Machine
     profile: dict[str, Any]
     notices: list[str] = Field(default_factory=list)

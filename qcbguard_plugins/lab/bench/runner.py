@@ -19,7 +19,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from qcbguard_plugins._util.records import installed_versions, now
+from qcbguard_plugins.backends.formats import versions
 from qcbguard_plugins.errors import QcbguardError, UsageError
 from qcbguard_plugins.lab.bench.defense_specs import parse_defense, signature
 from qcbguard_plugins.lab.bench.expectations import NOT_MEASURED, check_all
@@ -90,8 +90,7 @@ def run_bench(
         if missing:
             notices.append(_what_is_missing(missing, [cell.place for cell in cells]))
     return BenchReport(
-        created=now(),
-        versions=installed_versions(),
+        versions=versions(),
         machine=this_machine(),
         profile=profile.model_dump(mode="json"),
         notices=notices,

@@ -98,7 +98,7 @@ def guard_sentences(report: GuardReport) -> list[str]:
     if report.unguarded:
         sentences.append(f"NOT guarded: {listed(report.unguarded)}.")
     if report.uncovered:
-        sentences.append(f"NOT covered: {listed([tensor.name for tensor in report.uncovered])}.")
+        sentences.append(f"NOT covered: {listed([tensor.key for tensor in report.uncovered])}.")
     if report.purification is not None:
         changed = "" if report.purification.weights_as_purified else "; its weights were changed between"
         sentences.append(f"Purified before, on {report.purification.created}{changed}.")
@@ -140,7 +140,7 @@ def _verify_sentences(report: VerifyReport) -> list[str]:
     if report.unguarded:
         sentences.append(f"NOT guarded, so nothing is said about them: {listed(report.unguarded)}.")
     if report.uncovered:
-        sentences.append(f"NOT covered: {listed([tensor.name for tensor in report.uncovered])}.")
+        sentences.append(f"NOT covered: {listed([tensor.key for tensor in report.uncovered])}.")
     return sentences
 
 

@@ -165,7 +165,7 @@ def _parameters(report: GuardReport | PurifyReport) -> tuple[dict[str, Any], dic
         "calibration": report.calibration,
         "unguarded": list(report.unguarded),
     }
-    uncovered = [tensor.name for tensor in report.uncovered]
+    uncovered = [tensor.key for tensor in report.uncovered]
     internal = {
         "coverage": report.coverage,
         "uncovered": uncovered,
