@@ -12,19 +12,23 @@ from safetensors.torch import load_file, save_file
 
 from qcbguard_plugins import attest
 from qcbguard_plugins.backends.formats import get_grid
-from qcbguard_plugins.checkpoint.manifest import MANIFEST_FILE, TensorVerdict, VerifyReport
+from qcbguard_plugins.checkpoint.manifest import MANIFEST_FILE, TensorVerdict, VerifyReport, read_manifest
 from qcbguard_plugins.checkpoint.subject import Subject, subject_of
+from qcbguard_plugins.checkpoint.uncovered import UncoveredTensor
 from qcbguard_plugins.cli.render.evidence import intoto
+from qcbguard_plugins.cli.render.evidence.facts import guard_sentences, measured_sentences
 from qcbguard_plugins.cli.render.evidence.statements import AS_PLANNED, report_sha256, report_text
 from qcbguard_plugins.detection.behaviour.report import DiffReport
 from qcbguard_plugins.detection.behaviour.sign_randomization import rounded
 from qcbguard_plugins.detection.weights.report import ScanReport
 from qcbguard_plugins.detection.weights.scan import scan_model
 from qcbguard_plugins.errors import CheckpointError, UsageError
+from tests.conftest import ROOT
 from tests.helpers.detection_models import attacked_folder, clean_folder, random_weight
 
 MODEL = Subject("m", "0" * 64, {MANIFEST_FILE: "1" * 64})
 VERSIONS = {"qcbguard-plugins": "0.1.0"}
+UNCOVERED = UncoveredTensor(key="experts", shape=(2, 4, 4), num_weights=32, num_bytes=64, reason="fused experts")
 CREATED = "2026-12-01T10:00:00+02:00"
 
 
@@ -83,11 +87,22 @@ def test_a_verification_lists_what_holds() -> None:
         {"tensors": ()},
         {"tensors": (TensorVerdict(name="a", as_planned=False, reason="missing"),)},
         {"unguarded": ("b",)},
+        {"uncovered": (UNCOVERED,)},
+        {"folder_problems": ("config.json  has changed",)},
         {"changed_files": ("model.safetensors",)},
     ],
 )
 def test_a_verification_that_is_not_whole_lists_nothing(changes: dict[str, object]) -> None:
     assert attest(verification(**changes), MODEL)["predicate"]["properties"] == []
+
+
+def test_what_is_not_covered_is_named() -> None:
+    report = verification(uncovered=(UNCOVERED,))
+    assert "NOT covered: experts." in measured_sentences(report)
+    guard = read_manifest(ROOT / "examples" / "evidence").model_copy(update={"uncovered": (UNCOVERED,), "files": ()})
+    assert "NOT covered: experts." in guard_sentences(guard)
+    predicate = attest(guard, MODEL, base=MODEL)["predicate"]
+    assert predicate["buildDefinition"]["internalParameters"]["uncovered"] == ["experts"]
 
 
 def test_a_verification_without_a_plan_is_refused() -> None:
