@@ -11,6 +11,8 @@ import re
 from typing import Any
 
 _LINK = re.compile(r"(\]\()((?:\.\./)+[^)#\s]+)((?:#[^)\s]*)?\))")
+# A place in a file, as error messages print it; after another bracket it would be a reference.
+_PLACE = re.compile(r"(?<=\] )\[([\w.]+:\d+)\]")
 # mkdocs-click 0.9 prints click's mark for "no default"; docstrings name classes by a role of Sphinx.
 _NO_DEFAULT = "<code>Sentinel.UNSET</code>"
 _ROLE = re.compile(r":(?:class|func|meth|mod):<code>~?(?:\w+\.)*(\w+)</code>")
@@ -26,7 +28,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
             return match[0]
         return f"{match[1]}{config['repo_url'].rstrip('/')}/blob/main/{target}{match[3]}"
 
-    return _LINK.sub(absolute, markdown)
+    return _LINK.sub(absolute, _PLACE.sub(r"\\[\1\\]", markdown))
 
 
 def on_page_content(html: str, **_: Any) -> str:
