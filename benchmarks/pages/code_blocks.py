@@ -44,6 +44,7 @@ TEXT_ONLY = {
     "docs/evidence.md": "its commands need files that others sign",
     "docs/purify.md": "its commands train for minutes to hours; tests/integration/test_purify.py runs a small one",
     "docs/robustness.md": "its commands run for hours",
+    "examples/evidence/README.md": "a model card, read beside the weights that it describes",
 }
 _FENCE = re.compile(r"^( *)(```+|~~~+)(.*)$")
 _MARK = re.compile(r"<!-- (slow|not run: \S.*) -->$")
