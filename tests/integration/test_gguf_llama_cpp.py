@@ -76,7 +76,7 @@ class TestGgufFile:
     def test_guarding_again_replaces_the_provenance(self, model: Path, tmp_path: Path) -> None:
         guard_gguf(model, tmp_path / "once.gguf", "Q4_0", GUARD, options=OPTIONS)
         guard_gguf(tmp_path / "once.gguf", tmp_path / "twice.gguf", "Q4_K_M", GUARD, options=OPTIONS)
-        assert verify(quantize(tmp_path / "twice.gguf", "Q4_K_M")).format == "gguf:Q4_K_M"
+        assert verify(quantize(tmp_path / "twice.gguf", "Q4_K_M")).formats == ("gguf:Q4_K_M",)
 
     def test_stacked_experts(self, tmp_path: Path) -> None:
         source = write_model(tmp_path / "model.gguf", num_experts=4)
@@ -196,7 +196,7 @@ def test_a_dry_run_names_every_tensors_type_and_writes_nothing(
     stored = {name: f"gguf:{t.type_name}" for name, t in open_gguf(quantize(model, "Q4_K_M")).tensors.items()}
     by_name = {tensor["name"]: tensor for tensor in plan["tensors"]}
     assert by_name.pop("blk.0.attn_q.weight")["action"] == "ignore"
-    assert {name: tensor["format"] for name, tensor in by_name.items()} == {name: stored[name] for name in by_name}
+    assert {name: tensor["formats"] for name, tensor in by_name.items()} == {name: [stored[name]] for name in by_name}
     assert {tensor["dtype"] for tensor in plan["tensors"]} == {type_name}
     assert by_name["blk.0.ffn_down.weight"]["shape"] == [256, 512]
     assert plan["peak_bytes"] > 50 << 20 and plan["estimated_s"] > 0

@@ -81,6 +81,10 @@ def test_a_run_killed_at_any_operation_on_a_file(
     assert int(result.stdout.splitlines()[-1]) > 20 // every
 
 
+# NF4 leaves Mixtral's fused experts as they are, and the guard says so with 3.
+_EXIT_CODES = {"data-free": 0, "calibrated": 3, "scan.json": 0}
+
+
 @dataclass(frozen=True)
 class _Launch:
     """Several commands in one launch of two processes: the launch takes longer than the commands do."""
@@ -106,7 +110,8 @@ class _Launch:
 def two_processes(model_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> _Launch:
     launch = _Launch(tmp_path_factory.mktemp("two"), "")
     commands = launch.folder / "commands.json"
-    commands.write_text(json.dumps(list(launch.commands(model_folder, "two").values())))
+    lines = launch.commands(model_folder, "two")
+    commands.write_text(json.dumps([(line, _EXIT_CODES[name]) for name, line in lines.items()]))
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     result = run(*torchrun, "-m", "tests.helpers.two_processes", str(commands))
     assert result.returncode == 0, result.stderr
@@ -128,7 +133,7 @@ def test_two_processes_make_the_same_bytes_as_one(
     name: str, two_processes: _Launch, model_folder: Callable[[str], Path]
 ) -> None:
     command = two_processes.commands(model_folder, "one")[name]
-    assert main(command) == 0
+    assert main(command) == _EXIT_CODES[name]
     assert contents(Path(command[-1])) == contents(two_processes.folder / f"{name}-two")
     assert two_processes.output.count("target tensors guarded") == 2  # once for each of the two commands
 
