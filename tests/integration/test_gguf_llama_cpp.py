@@ -197,7 +197,8 @@ def test_a_dry_run_names_every_tensors_type_and_writes_nothing(
     by_name = {tensor["name"]: tensor for tensor in plan["tensors"]}
     assert by_name.pop("blk.0.attn_q.weight")["action"] == "ignore"
     assert {name: tensor["formats"] for name, tensor in by_name.items()} == {name: [stored[name]] for name in by_name}
-    assert {tensor["dtype"] for tensor in plan["tensors"]} == {type_name}
+    dtype = {"F32": "float32", "F16": "float16"}[type_name]
+    assert {tensor["dtype"] for tensor in by_name.values()} == {dtype}
     assert by_name["blk.0.ffn_down.weight"]["shape"] == [256, 512]
     assert plan["peak_bytes"] > 50 << 20 and plan["estimated_s"] > 0
     assert "--dry-run, version" in plan["types_from"]

@@ -64,7 +64,7 @@ def test_the_export_holds_the_planned_codes(format_name: str, model: Path, tmp_p
     assert done.returncode == 0, done.stderr
     report = verify(tmp_path / "export")
     assert report.clean, [verdict for verdict in report.tensors if not verdict.as_planned]
-    assert report.format == format_name
+    assert report.formats == (format_name,)
     assert len(report.tensors) >= 15
 
 
