@@ -233,10 +233,11 @@ def _require_finite(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
 
 
 def _copy_missing(source: Path, carried: list[Path], folder: Path) -> None:
-    """Copy the source's other files, but for its manifests and for what is there."""
+    """Copy the source's other files, but for its manifests, indexes of its shards, and what is there."""
     for relative in carried:
         target = folder / relative
-        if target.exists() or str(relative) in (MANIFEST_FILE, PURIFICATION_FILE):
+        is_index = relative.name.endswith(".index.json")
+        if target.exists() or is_index or str(relative) in (MANIFEST_FILE, PURIFICATION_FILE):
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / relative, target)

@@ -13,7 +13,7 @@ import pytest
 
 from tests.conftest import ROOT
 
-SOURCES = ("pyproject.toml", "README.md", "LICENSE", "qcbguard_plugins", "integrations")
+SOURCES = ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "qcbguard_plugins", "integrations")
 
 
 def build(tmp_path: Path, subfolder: str = "") -> list[str]:
