@@ -79,7 +79,7 @@ class Checkpoint:
         return max((entry.end for entry in self.tensors.values() if entry.shard == shard), default=0)
 
     def other_files(self) -> tuple[list[Path], list[Path]]:
-        """The folder's files besides the shards and their index, relative to it.
+        """The folder's files besides the shards, relative to it.
 
         Returns:
             Those that a copy of the folder should carry, and those that hold weights in another form.

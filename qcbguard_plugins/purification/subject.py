@@ -17,6 +17,7 @@ from torch import Tensor
 
 from qcbguard_plugins.checkpoint import Checkpoint, open_checkpoint
 from qcbguard_plugins.checkpoint.journal import bytes_of
+from qcbguard_plugins.checkpoint.loaded_files import INDEX_FILE
 from qcbguard_plugins.checkpoint.manifest import MANIFEST_FILE
 from qcbguard_plugins.checkpoint.purification_note import PURIFICATION_FILE
 from qcbguard_plugins.checkpoint.reader import read_header
@@ -120,6 +121,8 @@ class WholeModel(Subject):
         model.config.use_cache = True
         model.save_pretrained(folder)
         carried, weights = self.checkpoint.other_files()
+        # Transformers has cut the shards anew, with an index of its own where there are several.
+        carried = [relative for relative in carried if str(relative) != INDEX_FILE]
         _copy_missing(self.model_dir, carried, folder)
         return [str(relative) for relative in weights]
 
@@ -233,11 +236,10 @@ def _require_finite(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
 
 
 def _copy_missing(source: Path, carried: list[Path], folder: Path) -> None:
-    """Copy the source's other files, but for its manifests, indexes of its shards, and what is there."""
+    """Copy the source's other files, but for its manifests and for what is there."""
     for relative in carried:
         target = folder / relative
-        is_index = relative.name.endswith(".index.json")
-        if target.exists() or is_index or str(relative) in (MANIFEST_FILE, PURIFICATION_FILE):
+        if target.exists() or str(relative) in (MANIFEST_FILE, PURIFICATION_FILE):
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / relative, target)
