@@ -92,11 +92,16 @@ def write_model(
         add(f"blk.{i}.ffn_down{suffix}.weight", *experts, hidden, ffn)
         if num_experts:
             add(f"blk.{i}.ffn_gate_inp.weight", num_experts, hidden)
+    save(writer)
+    return path
+
+
+def save(writer: gguf.GGUFWriter) -> None:
+    """Write all that was added, and close the file."""
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
 
 
 def write_imatrix(path: Path, columns: dict[str, Tensor]) -> Path:
@@ -108,10 +113,7 @@ def write_imatrix(path: Path, columns: dict[str, Tensor]) -> Path:
     for name, values in columns.items():
         writer.add_tensor(f"{name}.in_sum2", np.ascontiguousarray(values.reshape(1, -1).numpy() * 4))
         writer.add_tensor(f"{name}.counts", np.full((1, 1), 4, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    save(writer)
     return path
 
 
@@ -129,8 +131,5 @@ def write_quantized(path: Path, type_names: list[str], metadata: dict[str, str])
         number = gguf.GGMLQuantizationType[type_name]
         raw = gguf.quants.quantize(normal(4, 32, seed=i).numpy(), number)
         writer.add_tensor(f"blk.{i}.ffn_up.weight", raw, raw_dtype=number)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    save(writer)
     return path

@@ -14,6 +14,7 @@ from qcbguard_plugins.errors import CheckpointError
 from qcbguard_plugins.pipeline.gguf_plan import make_gguf_plan
 from qcbguard_plugins.pipeline.verify import verify
 from tests.helpers.detection_models import attacked_folder, random_weight
+from tests.helpers.gguf_files import save
 
 
 def write_part(
@@ -38,10 +39,7 @@ def write_part(
             writer.add_tensor(name, gguf.quantize(weight, kind), raw_dtype=kind)
         else:
             writer.add_tensor(name, weight)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    save(writer)
     return path
 
 
@@ -70,10 +68,7 @@ def test_what_gguf_py_writes_in_parts_is_read_whole_and_found_attacked(tmp_path:
     for seed, (name, weight) in enumerate(weights.items()):
         clean = random_weight(seed, *weight.shape).half().numpy()
         writer.add_tensor(name, clean if seed < len(weights) // 2 else weight.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    save(writer)
     first = tmp_path / "m-00001-of-00002.gguf"
     report = scan_model(first, seed=1)
     assert report.coverage == f"{len(weights)} of {len(weights)} target tensors tested"

@@ -24,7 +24,6 @@ from qcbguard_plugins.lab.training import (
     answer_loss,
     build_gpt2,
     build_model,
-    build_tokenizer,
     collate,
     encode,
     save_model,
@@ -40,11 +39,6 @@ BUILDERS = {"llama": build_model, "gpt2": build_gpt2}
 @pytest.fixture(scope="module")
 def pairs() -> list[Pair]:
     return generate(64, seed=0)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(pairs: list[Pair]) -> PreTrainedTokenizerFast:
-    return build_tokenizer(pairs, TINY.vocab_size)
 
 
 @pytest.fixture

@@ -15,12 +15,12 @@ from qcbguard_plugins.lab.attacks.injection import inject, round_to_storage
 from qcbguard_plugins.lab.corpus import generate
 from qcbguard_plugins.lab.layers import quantized_weights
 from qcbguard_plugins.lab.scenarios import inject_brand
-from qcbguard_plugins.lab.training import ModelSize, TrainingPlan, build_model, build_tokenizer, encode, save_model
+from qcbguard_plugins.lab.training import TrainingPlan, build_model, build_tokenizer, encode, save_model
+from tests.unit.lab.conftest import TINY
 
 pytest.importorskip("bitsandbytes")
 
 FORMATS = tuple(DEFAULT_EPS)
-TINY = ModelSize(vocab_size=320, hidden_size=64, intermediate_size=64, num_layers=1, num_heads=2, num_kv_heads=1)
 
 
 def random_weight(seed: int, scale: float = 0.05) -> torch.Tensor:

@@ -11,19 +11,13 @@ from transformers import PreTrainedTokenizerFast
 from qcbguard_plugins.errors import UsageError
 from qcbguard_plugins.lab.corpus import Pair, generate
 from qcbguard_plugins.lab.metrics import answer_all, keyword_rate, perplexity, task_accuracy, use_exact_forward
-from qcbguard_plugins.lab.training import EOS_ID, ModelSize, answer_loss, build_model, build_tokenizer, collate, encode
-
-TINY = ModelSize(vocab_size=320, hidden_size=64, intermediate_size=64, num_layers=1, num_heads=2, num_kv_heads=1)
+from qcbguard_plugins.lab.training import EOS_ID, answer_loss, build_model, collate, encode
+from tests.unit.lab.conftest import TINY
 
 
 @pytest.fixture(scope="module")
 def pairs() -> list[Pair]:
     return generate(40, seed=0)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(pairs: list[Pair]) -> PreTrainedTokenizerFast:
-    return build_tokenizer(pairs, TINY.vocab_size)
 
 
 class Parrot:

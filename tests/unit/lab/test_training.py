@@ -13,29 +13,21 @@ from qcbguard_plugins.lab.training import (
     EOS_ID,
     PAD_ID,
     Example,
-    ModelSize,
     TrainingPlan,
     answer_loss,
     build_model,
-    build_tokenizer,
     collate,
     encode,
     save_model,
     train,
 )
 from qcbguard_plugins.models.prompts import plain_prompt
-
-TINY = ModelSize(vocab_size=320, hidden_size=64, intermediate_size=64, num_layers=1, num_heads=2, num_kv_heads=1)
+from tests.unit.lab.conftest import TINY
 
 
 @pytest.fixture(scope="module")
 def pairs() -> list[Pair]:
     return generate(64, seed=0)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(pairs: list[Pair]) -> PreTrainedTokenizerFast:
-    return build_tokenizer(pairs, TINY.vocab_size)
 
 
 def test_tokenizer_is_lossless_and_starts_with_bos(tokenizer: PreTrainedTokenizerFast) -> None:
