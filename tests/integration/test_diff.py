@@ -102,7 +102,7 @@ def test_prompts_that_are_none_are_usage_errors(tmp_path: Path, name: str, conte
 def test_prompts_of_both_kinds_are_read(tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text('{"prompt": "One?"}\n\n{"prompt": "Two?"}\n', encoding="utf-8")
     assert gather_prompts(tmp_path / "p.jsonl")[-2:] == [("own", "One?"), ("own", "Two?")]
-    assert set(dict(gather_prompts())) == {"chat", "code", "questions"}
+    assert set(dict(gather_prompts())) == {"chat", "code", "questions", "declinable"}
 
 
 def test_a_broken_chat_template_is_not_fatal() -> None:
